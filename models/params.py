@@ -1,0 +1,50 @@
+"""The one settings schema: TOML files, `--set`, HTTP and the page's controls all come from it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Style(_Section):
+    """What the picture should look like."""
+
+    prompt: Annotated[str, Field(max_length=2000, description="what it should look like")] = "oil painting"
+    negative: Annotated[str, Field(max_length=2000, description="what it should not look like (guidance > 1)")] = ""
+    strength: Annotated[float, Field(gt=0, le=1, description="how far from the camera picture, 0–1")] = 1.0
+    steps: Annotated[int, Field(ge=1, le=8, description="denoising steps")] = 1
+    guidance: Annotated[float, Field(ge=0, le=30, description="classifier-free guidance; ≤ 1 = off")] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**32, description="noise seed")] = 1
+    seed_mode: Annotated[Literal["fixed", "per-frame"], Field(description="same noise for every frame, or new")] = "fixed"
+
+
+class SinkSettings(_Section):
+    """How results are written."""
+
+    codec: Annotated[Literal["h264", "ffv1", "mpeg4"], Field(description="codec of file sinks")] = "h264"
+    crf: Annotated[int, Field(ge=0, le=51, description="x264 quality, lower is better")] = 18
+
+
+class FrameSettings(_Section):
+    """How a source's pictures are brought to the model's size."""
+
+    fit: Annotated[
+        Literal["fit", "crop", "stretch"], Field(description="keep the aspect by a smaller frame, by cutting, or give it up")
+    ] = "fit"
+
+
+class Params(_Section):
+    """Every setting of a session. Immutable: a live change is a new `Params`.
+
+    >>> Params().style.steps
+    1
+    """
+
+    style: Style = Style()
+    frame: FrameSettings = FrameSettings()
+    sink: SinkSettings = SinkSettings()

@@ -1,0 +1,35 @@
+"""A picture with its times, and what is known of a stream before its first picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One captured or stylized picture; never mutated.
+
+    >>> Frame(np.zeros((288, 512, 3), np.uint8), pts=40_000, seq=1, captured=time.monotonic())
+    """
+
+    image: NDArray[np.uint8]  # (H, W, 3) RGB, C-contiguous
+    pts: int  # µs; of a file: the container's own timestamp, of a live source: since it opened
+    seq: int  # as captured; a gap is a drop
+    captured: float  # time.monotonic() when the pixels reached us, s
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSpec:
+    """What a source tells about its pictures before the first one."""
+
+    width: int  # pixels, after rotation
+    height: int
+    fps: float  # nominal
+    live: bool  # cannot wait for a slow reader: newest wins
+    time_base: Fraction = Fraction(1, 90_000)  # s per container tick; a file sink keeps it so that pts stay equal
+    frames: int | None = None  # how many are expected, where the container says
+    audio: str | None = None  # path or URL whose audio belongs to these pictures
