@@ -27,6 +27,8 @@ class EngineSpec:
     `precision` is what the backend may compute in: "fp32", or "fast" for the quickest format of the device
     (bf16 on CPUs that have it). Inputs and outputs keep the dtypes of their `TensorSpec` either way.
     `fingerprint` identifies architecture and weights; equal fingerprints may share a compiled engine.
+
+    >>> EngineSpec("decode", (TensorSpec("z", (1, 12, 36, 64)),), (TensorSpec("rgb", (1, 3, 288, 512)),), "mini-1")
     """
 
     name: str
@@ -35,9 +37,13 @@ class EngineSpec:
     fingerprint: str
     precision: str = "fast"
 
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "fast"):
+            raise ValueError(f"{self.name}: precision is fp32 or fast, not {self.precision!r}")
+
 
 class Pending(Protocol):
-    """A launched computation."""
+    """A launched computation; its inputs must not be written to before `wait` returned or `done` said True."""
 
     def done(self) -> bool: ...
     def wait(self) -> tuple[Tensor, ...]:
@@ -45,10 +51,27 @@ class Pending(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """A compiled network. Not thread-safe: the worker thread that loaded it calls it."""
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The `Pending` of an engine that computes while it is launched."""
 
-    spec: EngineSpec
+    outputs: tuple[Tensor, ...]
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> tuple[Tensor, ...]:
+        return self.outputs
+
+
+class Engine(Protocol):
+    """A compiled network. Not thread-safe: the worker thread that loaded it calls it.
+
+    One launch is in flight at a time; launching again waits for the one before.
+    """
+
+    @property
+    def spec(self) -> EngineSpec: ...
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]: ...
     def launch(self, *tensors: Tensor) -> Pending: ...
@@ -62,5 +85,24 @@ class Backend(Protocol):
     fingerprint: str  # library version, device and options: part of every cache key
 
     def load(self, module: Callable[[], nn.Module], spec: EngineSpec, cache: Path | None = None) -> Engine:
-        """Compile, or take from the cache folder. `module` is called only when the cache has no such engine."""
+        """Compile, or take from the cache folder (None: no cache).
+
+        `module` is called only when the cache has no such engine. What it returns is the backend's from then
+        on, to move, cast and lay out anew: give a copy of weights that are used elsewhere. Its forward takes the
+        inputs in order and returns a tensor or a tuple; it casts integer inputs to the dtype of its own
+        parameters, because a backend may have cast those.
+        """
         ...
+
+
+def check(tensors: tuple[Tensor, ...], expected: tuple[TensorSpec, ...], owner: str) -> None:
+    """Raise ValueError unless the tensors have exactly the expected count, shapes and dtypes.
+
+    Without this a compiled engine would broadcast, reinterpret or crash, each in its own way.
+    """
+    if len(tensors) != len(expected):
+        raise ValueError(f"{owner}: {len(expected)} tensors expected, {len(tensors)} given")
+    for tensor, spec in zip(tensors, expected, strict=True):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tuple(tensor.shape) != spec.shape or dtype != spec.dtype:
+            raise ValueError(f"{owner}: {spec.name} is {spec.dtype} {spec.shape}, not {dtype} {tuple(tensor.shape)}")

@@ -19,6 +19,9 @@ class Style(_Section):
     strength: Annotated[float, Field(gt=0, le=1, description="how far from the camera picture, 0–1")] = 1.0
     steps: Annotated[int, Field(ge=1, le=8, description="denoising steps")] = 1
     guidance: Annotated[float, Field(ge=0, le=30, description="classifier-free guidance; ≤ 1 = off")] = 1.0
+    image_guidance: Annotated[
+        float, Field(ge=0, le=10, description="how much to hold on to the camera picture (guidance > 1)")
+    ] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**32, description="noise seed")] = 1
     seed_mode: Annotated[Literal["fixed", "per-frame"], Field(description="same noise for every frame, or new")] = "fixed"
 

@@ -1,6 +1,6 @@
 """Train `mini`'s autoencoder on photographs and painted pictures.
 
-    python -m models.training.autoencoder --work DIR --minutes 30
+    python -m models.training.autoencoder --work DIR --minutes 20 --final
 
 Reads the tiles made by `models.training.tiles`; styles that are not rendered yet are picked up when they appear.
 The loss is the per-picture RMSE (what PSNR is about) plus the L1 distance of image gradients (edges stay sharp).

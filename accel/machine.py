@@ -1,0 +1,34 @@
+"""The processor that we may use: how many cores, and what it is called."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+
+def physical_cores() -> int:
+    """Count the physical cores this process may run on, bounded by its container's CPU quota; at least 1."""
+    logical = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    siblings = {_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in logical}
+    # Where the system does not tell which logical CPUs share a core, each counts as one.
+    cores = len(logical) if "" in siblings else len(siblings)
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdigit() and period.isdigit():
+        cores = min(cores, int(quota) // int(period))
+    return max(cores, 1)
+
+
+def cpu_name() -> str:
+    """Return the processor's model name, or its architecture where the system does not tell."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

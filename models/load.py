@@ -1,0 +1,75 @@
+"""From a model's name to a `Stylizer` that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from accel.errors import UserError
+from models.networks import Folder, Graph, graphs
+from models.spec import MODELS
+from models.stylizer import LatentStylizer, Networks
+
+
+def folder_of(model: str) -> Folder:
+    """The folder of a model's name or path; UserError when there is none."""
+    path = MODELS[model].folder if model in MODELS else Path(model)
+    if not path.is_dir():
+        raise UserError(
+            f"no such model: {model}", hint=f"a folder in diffusers' format, or one of: {', '.join(MODELS)}"
+        )
+    return Folder(path)
+
+
+def compiled_graphs(model: str, size: tuple[int, int]) -> dict[str, Graph]:
+    """The networks of a model at a size, for benchmarks and parity tests."""
+    return graphs(folder_of(model), size)
+
+
+def quiet_libraries() -> None:
+    """Keep the loaders' progress bars and notes off the terminal; errors still come as exceptions."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+
+
+def load(
+    model: str, size: tuple[int, int], engine: str = "auto", log: Callable[[str], None] = lambda line: None
+) -> LatentStylizer:
+    """Compile a model for pictures of (width, height), or take its engines from the cache.
+
+    >>> stylizer = load("mini", (512, 288), engine="openvino", log=print)
+    """
+    from accel.cache import default_root
+    from accel.select import choose
+
+    quiet_libraries()
+    folder = folder_of(model)
+    choice = choose(engine)
+    log(choice.reason)
+    backend, cache = choice.backend, default_root()
+    engines = {name: backend.load(graph.build, graph.spec, cache) for name, graph in graphs(folder, size).items()}
+    vae = folder.config("vae")
+    networks = Networks(
+        encode=engines["encode"],
+        unet=engines["unet"],
+        decode=engines["decode"],
+        text=folder.text(),
+        tables=folder.scheduler(),
+        scaling=float(vae.get("scaling_factor") or 1.0),
+        shift=float(vae.get("shift_factor") or 0.0),
+        guidance_width=int(folder.config("unet").get("time_cond_proj_dim") or 0),
+        style_words=frozenset(folder.style_words()),
+    )
+    packages = ("torch", "diffusers", "transformers", "openvino", "av", "numpy")
+    info = {
+        "model": model,
+        "engine": backend.name,
+        "device": backend.device,
+        "versions": {name: version(name) for name in packages},
+    }
+    return LatentStylizer(networks, info)

@@ -1,0 +1,187 @@
+"""The networks of a model folder as the graphs that engines compile: tensors in, tensors out, static shapes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from accel.engine import EngineSpec, TensorSpec
+from accel.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import LCMScheduler
+
+    from models.text import TextEncoder
+
+GRAPHS = 1  # raise it when a graph below changes: part of every engine's fingerprint
+
+
+class Encode(nn.Module):
+    """Pictures (1, 3, H, W) in [0, 1] → latents (1, C, H/8, W/8), not yet scaled."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, picture: Tensor) -> Tensor:
+        encoded: Any = self.vae.encode(picture * 2 - 1)  # type: ignore[operator]
+        latents: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return latents
+
+
+class Decode(nn.Module):
+    """Latents (1, C, H/8, W/8), already unscaled → pictures (1, 3, H, W) in [0, 1]."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        decoded: Any = self.vae.decode(latents, return_dict=False)  # type: ignore[operator]
+        picture: Tensor = decoded[0]
+        return (picture / 2 + 0.5).clamp(0, 1)
+
+
+class Denoise(nn.Module):
+    """The UNet: (latents, timestep (1,), words (1, L, D)[, guidance embedding (1, E)]) → output (1, C, H/8, W/8)."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, z: Tensor, t: Tensor, words: Tensor, guidance: Tensor | None = None) -> Tensor:
+        output: Tensor = self.unet(z, t, words, timestep_cond=guidance, return_dict=False)[0]
+        return output
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A diffusers-format folder; networks are read when they are first needed."""
+
+    path: Path
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.path / "model_index.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"not a model folder: {self.path} ({type(error).__name__})",
+                hint="it needs model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/ (diffusers' format)",
+            ) from error
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The JSON configuration of one part; UserError when it is missing or broken."""
+        path = self.path / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"model folder {self.path} has no readable {part}/{path.name}", hint="fetch it again") from error
+
+    def fingerprint(self, part: str) -> str:
+        """A digest of a part's configuration and weights."""
+        digest = hashlib.sha256(str(GRAPHS).encode())
+        for file in sorted((self.path / part).iterdir()):
+            if file.suffix in {".json", ".safetensors", ".bin"}:
+                digest.update(file.name.encode())
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 22):
+                        digest.update(block)
+        return digest.hexdigest()
+
+    def vae(self) -> nn.Module:
+        """The autoencoder that model_index.json names, float32."""
+        kind = self.index["vae"][1]
+        if kind == "PatchAutoencoder":
+            from models.autoencoder import PatchAutoencoder as Autoencoder
+        elif kind == "AutoencoderTiny":
+            from diffusers import AutoencoderTiny as Autoencoder  # type: ignore[assignment]
+        elif kind == "AutoencoderKL":
+            from diffusers import AutoencoderKL as Autoencoder  # type: ignore[assignment]
+        else:
+            raise UserError(f"unknown autoencoder class: {kind}", hint="AutoencoderTiny, AutoencoderKL or PatchAutoencoder")
+        return self._read(Autoencoder, "vae")
+
+    def unet(self) -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        return self._read(UNet2DConditionModel, "unet")
+
+    def text_model(self) -> nn.Module:
+        from transformers import CLIPTextModel
+
+        return self._read(CLIPTextModel, "text_encoder")
+
+    def text(self) -> TextEncoder:
+        from transformers import CLIPTokenizer
+
+        from models.text import TextEncoder
+
+        return TextEncoder(CLIPTokenizer.from_pretrained(self.path / "tokenizer"), self.text_model())
+
+    def scheduler(self) -> LCMScheduler:
+        """The consistency tables, built from whatever scheduler the folder was saved with."""
+        from diffusers import LCMScheduler
+
+        keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_scaling",
+                "original_inference_steps", "set_alpha_to_one", "trained_betas", "rescale_betas_zero_snr")  # fmt: skip
+        config = self.config("scheduler")
+        return LCMScheduler(**{k: config[k] for k in keys if k in config})
+
+    def style_words(self) -> set[str]:
+        """The words that a small-vocabulary model knows, from its styles.json; empty where it has none."""
+        path = self.path / "styles.json"
+        return set(json.loads(path.read_text())["words"]) if path.is_file() else set()
+
+    def _read(self, kind: Any, part: str) -> nn.Module:
+        import torch
+
+        try:
+            module: nn.Module = kind.from_pretrained(self.path / part, torch_dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"model folder {self.path}: {part} cannot be read ({reason})", hint="fetch it again") from error
+        return module.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A network to be compiled: how to build it, and its shapes."""
+
+    build: Callable[[], nn.Module]
+    spec: EngineSpec
+
+
+def graphs(folder: Folder, size: tuple[int, int]) -> dict[str, Graph]:
+    """The three networks of a frame for pictures of (width, height), both multiples of 8."""
+    width, height = size
+    vae, unet, text = folder.config("vae"), folder.config("unet"), folder.config("text_encoder")
+    latent = (1, int(vae["latent_channels"]), height // 8, width // 8)
+    picture = TensorSpec("picture", (1, 3, height, width))
+    vae_print, unet_print = folder.fingerprint("vae"), folder.fingerprint("unet")
+    inputs = [
+        TensorSpec("z", (1, int(unet["in_channels"]), *latent[2:])),
+        TensorSpec("t", (1,)),
+        TensorSpec("words", (1, int(text["max_position_embeddings"]), int(unet["cross_attention_dim"]))),
+    ]
+    if unet.get("time_cond_proj_dim"):
+        inputs.append(TensorSpec("guidance", (1, int(unet["time_cond_proj_dim"]))))
+    return {
+        "encode": Graph(
+            lambda: Encode(folder.vae()), EngineSpec("encode", (picture,), (TensorSpec("latents", latent),), vae_print)
+        ),
+        "unet": Graph(
+            lambda: Denoise(folder.unet()),
+            EngineSpec("unet", tuple(inputs), (TensorSpec("output", latent),), unet_print),
+        ),
+        "decode": Graph(
+            lambda: Decode(folder.vae()), EngineSpec("decode", (TensorSpec("latents", latent),), (picture,), vae_print)
+        ),
+    }

@@ -1,0 +1,46 @@
+"""The table of models: a Stable-Diffusion-family model is one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One row: where the folder is and what a user should know before choosing it."""
+
+    name: str
+    folder: Path
+    about: str
+    licence: str
+    megabytes: float
+    size: tuple[int, int] = (512, 288)  # (width, height) that suits it
+
+
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        ModelSpec(
+            name="mini",
+            folder=Path(__file__).parent / "mini",
+            about="the embedded default: fourteen painted styles, one step, real time on two CPU cores",
+            licence="Apache-2.0",
+            megabytes=15.3,
+        ),
+    )
+}
+
+
+def available() -> list[dict[str, object]]:
+    """A row per model for `livestyle models`: name, about, licence, megabytes, ready."""
+    return [
+        {
+            "name": spec.name,
+            "about": spec.about,
+            "licence": spec.licence,
+            "megabytes": spec.megabytes,
+            "ready": (spec.folder / "model_index.json").is_file(),
+        }
+        for spec in MODELS.values()
+    ]

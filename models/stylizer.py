@@ -1,0 +1,228 @@
+"""What happens to one frame: pixels → latents → noise → few denoising steps → pixels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.denoise import Conditioning, denoise, start
+from models.params import Params, Style
+from models.schedule import Schedule, consistency_schedule
+from models.text import TextEncoder, unknown_words
+
+if TYPE_CHECKING:
+    from diffusers import LCMScheduler
+
+    from accel.engine import Engine
+
+
+class Launched(Protocol):
+    """A frame on its way through the device."""
+
+    stages_ms: dict[str, float]  # time per stage of this frame
+
+    def done(self) -> bool: ...
+    def wait(self) -> None: ...
+    def image(self) -> NDArray[np.uint8]:
+        """The stylized picture, (H, W, 3) RGB, the caller's own; waits for it."""
+        ...
+
+
+class Stylizer(Protocol):
+    """A loaded model for one picture size. All memory of a stream is in its `State`; weights are shared."""
+
+    size: tuple[int, int]  # (width, height)
+
+    def open(self, params: Params) -> State: ...
+    def step(self, state: State, image: NDArray[np.uint8], params: Params) -> Launched: ...
+    def advice(self, params: Params) -> str:
+        """One line on what the model will not understand of these settings, or ""."""
+        ...
+
+
+@dataclass(slots=True)
+class State:
+    """What one stream remembers from frame to frame."""
+
+    style: Style | None = None  # the settings that the rest was worked out from
+    schedule: Schedule | None = None
+    words: Tensor | None = None
+    negative: Tensor | None = None
+    generator: torch.Generator = field(default_factory=torch.Generator)
+    noises: tuple[Tensor, ...] = ()  # the start's and those between steps
+    frames: int = 0
+
+
+@dataclass(slots=True)
+class Finished:
+    """A `Launched` that was computed at once."""
+
+    picture: NDArray[np.uint8]
+    stages_ms: dict[str, float]
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return None
+
+    def image(self) -> NDArray[np.uint8]:
+        return self.picture
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """The compiled networks of one model at one size, and the numbers that go with them."""
+
+    encode: Engine
+    unet: Engine
+    decode: Engine
+    text: TextEncoder
+    tables: LCMScheduler
+    scaling: float = 1.0  # latents = scaling · (encoder output - shift)
+    shift: float = 0.0
+    guidance_width: int = 0  # of the UNet's guidance embedding, 0 = it has none
+    style_words: frozenset[str] = frozenset()  # what a small vocabulary knows; empty = anything goes
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self.encode.spec.outputs[0].shape
+
+    @property
+    def concatenates(self) -> bool:
+        """Whether the UNet takes the source latent beside the noisy one (InstructPix2Pix's form)."""
+        return self.unet.spec.inputs[0].shape[1] == 2 * self.latent_shape[1]
+
+
+class Stages:
+    """Adds up the time of named stages of one frame, ms."""
+
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.ms[name] = self.ms.get(name, 0.0) + (time.perf_counter() - started) * 1e3
+
+
+class LatentStylizer:
+    """A Stable-Diffusion-family model as a `Stylizer`.
+
+    Equal to diffusers' image-to-image and InstructPix2Pix pipelines on the same folder, steps and seed; see
+    tests/test_parity.py. Not thread-safe: the worker thread owns it.
+
+    >>> stylizer = load("mini", (512, 288))
+    >>> state = stylizer.open(params)
+    >>> picture = stylizer.step(state, image, params).image()
+    """
+
+    def __init__(self, networks: Networks, info: dict[str, object] | None = None) -> None:
+        self.networks = networks
+        self.info = info or {}
+        _, _, height, width = networks.encode.spec.inputs[0].shape
+        self.size = (width, height)
+
+    def open(self, params: Params) -> State:
+        """Fresh memory for one stream, with its prompt already encoded."""
+        state = State()
+        self._follow(state, params.style)
+        return state
+
+    def step(self, state: State, image: NDArray[np.uint8], params: Params) -> Launched:
+        """Stylize one (H, W, 3) picture of this model's size. Raises ValueError for another size."""
+        if image.shape != (self.size[1], self.size[0], 3):
+            raise ValueError(f"picture of shape {image.shape}, model of size {self.size}")
+        stages = Stages()
+        with torch.inference_mode():
+            with stages("pixels"):
+                picture = torch.from_numpy(image).permute(2, 0, 1)[None].float().div_(255)
+            result = self.stylize(state, picture, params, stages)
+            with stages("pixels"):
+                pixels = result[0].mul(255).add_(0.5).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        return Finished(pixels, stages.ms)
+
+    def stylize(self, state: State, picture: Tensor, params: Params, stages: Stages | None = None) -> Tensor:
+        """The same in floats: (1, 3, H, W) in [0, 1] → (1, 3, H, W) in [0, 1]."""
+        stages = stages or Stages()
+        net = self.networks
+        with stages("schedule"):
+            self._follow(state, params.style)
+        with stages("encode"):
+            (raw,) = net.encode(picture)
+        with stages("schedule"):
+            schedule, words, negative = state.schedule, state.words, state.negative
+            assert schedule is not None and words is not None and negative is not None  # _follow has set them
+            cond = Conditioning(
+                words, negative, raw if net.concatenates else None, params.style.guidance, params.style.image_guidance
+            )
+            if net.guidance_width:  # the network was distilled with its guidance as an input
+                cond = Conditioning(words, negative, cond.source)
+            pure = net.concatenates and params.style.strength >= 1
+            z = start(net.scaling * (raw - net.shift), state.noises[0], schedule.steps[0], pure=pure)
+        extra = (guidance_embedding(params.style.guidance - 1, net.guidance_width),) if net.guidance_width else ()
+
+        def network(z: Tensor, t: float, words: Tensor) -> Tensor:
+            with stages("unet"):
+                return net.unet(z.contiguous(), torch.tensor([t]), words, *extra)[0].clone()
+
+        unet_before = stages.ms.get("unet", 0.0)
+        with stages("schedule"):
+            z = denoise(network, z, schedule, cond, state.noises[1:])
+            latents = z / net.scaling + net.shift
+        stages.ms["schedule"] -= stages.ms["unet"] - unet_before  # timed around the network's own time
+        with stages("decode"):
+            (result,) = net.decode(latents)
+        state.frames += 1
+        return result
+
+    def advice(self, params: Params) -> str:
+        """One line on words the model does not know or cannot reach, or ""."""
+        prompt = params.style.prompt
+        if self.networks.style_words:
+            strange = unknown_words(prompt, set(self.networks.style_words))
+            if strange and len(strange) == len(unknown_words(prompt, set())):
+                return f"no word of the prompt is known to this model: {', '.join(strange)}; `livestyle models` lists its styles"
+            if strange:
+                return f"words this model does not know: {', '.join(strange)}"
+        if self.networks.text.is_cut(prompt):
+            return "the prompt is longer than this model reads; its end is ignored"
+        return ""
+
+    def _follow(self, state: State, style: Style) -> None:
+        """Bring a stream's memory up to its settings; only what changed is worked out again."""
+        before = state.style
+        if before is not style:
+            if before is None or (before.steps, before.strength) != (style.steps, style.strength):
+                state.schedule = consistency_schedule(self.networks.tables, style.steps, style.strength)
+            if before is None or before.prompt != style.prompt:
+                state.words = self.networks.text.embed(style.prompt)
+            if before is None or before.negative != style.negative:
+                state.negative = self.networks.text.embed(style.negative)
+        renew = before is None or (before.seed, before.seed_mode, before.steps) != (style.seed, style.seed_mode, style.steps)
+        if renew:
+            state.generator.manual_seed(style.seed)
+        if renew or style.seed_mode == "per-frame":
+            state.noises = tuple(
+                torch.randn(self.networks.latent_shape, generator=state.generator) for _ in range(style.steps)
+            )
+        state.style = style
+
+
+def guidance_embedding(scale: float, width: int) -> Tensor:
+    """The sinusoidal embedding of a guidance scale, (1, width); Meng et al. 2023, as diffusers computes it."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half) * -(np.log(10_000.0) / (half - 1)))
+    angles = 1000.0 * scale * frequencies
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))[None]

@@ -1,0 +1,271 @@
+"""The command line: `livestyle`. The one place where everything is put together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from accel.errors import UserError
+
+if TYPE_CHECKING:
+    from stream.run import Job, Outcome
+
+INTERRUPTED = 130
+DEMO_FILE = "livestyle-demo.mp4"
+DEMO_FRAMES = 300
+DEMO_PROMPTS = ("oil painting", "watercolour", "comic book", "charcoal sketch", "stained glass")
+
+# Two lines for the user's errors, a plain traceback for ours: no boxes around either.
+_plain: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
+app = typer.Typer(help="Live video stylization.", **_plain)
+engines_app = typer.Typer(help="Compiled engines kept on this machine.", **_plain)
+bench_app = typer.Typer(help="Measure what this machine does.", **_plain)
+app.add_typer(engines_app, name="engines")
+app.add_typer(bench_app, name="bench")
+
+To = Annotated[list[str] | None, typer.Option("--to", metavar="SINK", help="a file, window, virtualcam, rtmp://… or null")]
+Model = Annotated[str, typer.Option(help="see `livestyle models`")]
+Engine = Annotated[str, typer.Option(help="auto, openvino, torch, torch-cuda, tensorrt or null")]
+Size = Annotated[str, typer.Option(metavar="WxH", help="box the picture is fitted into, pixels")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="F", help="write the report as JSON")]
+HtmlFile = Annotated[Path | None, typer.Option("--html", metavar="F", help="write the report as a page")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no status, no notes")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"livestyle {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    """Live video stylization: any source to any sink."""
+
+
+@app.command()
+def demo(
+    to: To = None,
+    frames: Annotated[int, typer.Option(min=1, help="how many")] = DEMO_FRAMES,
+    engine: Engine = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """A built-in moving picture through several styles; needs no camera, weights or network."""
+    from stream.run import Job, is_file
+
+    sinks = tuple(to or [DEMO_FILE])
+    watched = not any(is_file(sink) or sink == "null" for sink in sinks)
+    job = Job("demo", sinks, engine=engine, frames=frames, realtime=watched, quiet=quiet, tour=DEMO_PROMPTS)
+    outcome = _run(job)
+    print(f"{', '.join(sinks)}: {outcome.stats['frames_out']} frames, {outcome.stats['fps']:.1f} fps")
+
+
+@app.command()
+def run(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a file, camera[:N], rtsp://…, demo or test")],
+    to: To = None,
+    model: Model = "mini",
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="what it should look like")] = None,
+    engine: Engine = "auto",
+    size: Size = "512x288",
+    preset: Annotated[str | None, typer.Option(help="fast or quality")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="F.toml", help="settings file")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="stop after so many")] = None,
+    realtime: Annotated[bool, typer.Option("--realtime", help="play a file at its own rate, as if live")] = False,
+    stats: Annotated[Path | None, typer.Option(metavar="F.json", help="write measurements")] = None,
+    fit: Annotated[str | None, typer.Option(help="fit, crop or stretch")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Stylize SOURCE into every SINK."""
+    from stream.config import load_params, parse_size
+    from stream.run import Job, default_sink
+
+    flags = {key: value for key, value in (("style.prompt", prompt), ("frame.fit", fit)) if value is not None}
+    params = load_params(preset, config, set_ or (), flags)
+    box, note = parse_size(size)
+    notes = [note] if note else []
+    if not to:
+        to = [default_sink(source, params.sink.codec)]
+        notes.append(f"no --to given: writing to {to[0]}")
+    job = Job(source, tuple(to), params, model, engine, box, frames, realtime, stats, quiet, notes=tuple(notes))
+    outcome = _run(job)
+    if not quiet:
+        done = "interrupted after" if outcome.interrupted else "done:"
+        counts = f"{outcome.stats['frames_out']} frames, {outcome.stats['fps']:.1f} fps"
+        print(f"{done} {counts}, {outcome.stats['dropped']} dropped → {', '.join(job.sinks)}", file=sys.stderr)
+    if outcome.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """What can run here."""
+    from models.spec import available
+
+    rows = available()
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        state = "ready" if row["ready"] else "not here"
+        print(f"{row['name']:14} {state:9} {row['megabytes']:>7} MB  {row['licence']}  {row['about']}")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Devices, engines, codecs, cameras; a hint for each thing missing."""
+    from stream.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+        return
+    for finding in findings:
+        hint = "" if finding.ok or not finding.hint else f"  → {finding.hint}"
+        print(f"{'✓' if finding.ok else '·'} {finding.topic:24} {finding.found}{hint}")
+
+
+@engines_app.command("list")
+def engines_list(as_json: Json = False) -> None:
+    """Every stored engine, most recently used first."""
+    from accel import cache
+
+    _print_engines(cache.entries(cache.default_root()), as_json)
+
+
+@engines_app.command("verify")
+def engines_verify(as_json: Json = False) -> None:
+    """Check every stored engine's checksum; exit status 1 when one is damaged."""
+    from accel import cache
+
+    entries = cache.verify(cache.default_root())
+    _print_engines(entries, as_json)
+    if any(entry.problem for entry in entries):
+        raise typer.Exit(1)
+
+
+@engines_app.command("prune")
+def engines_prune(
+    max_mb: Annotated[int, typer.Option(min=0, help="what the rest may take, MB")] = 2048, as_json: Json = False
+) -> None:
+    """Drop the least recently used engines until the rest fit."""
+    from accel import cache
+
+    _print_engines(cache.prune(cache.default_root(), max_mb << 20), as_json, "dropped ")
+
+
+@bench_app.command("latency")
+def bench_latency(
+    source: Annotated[str, typer.Option(help="a file, demo or test")] = "demo",
+    model: Model = "mini",
+    engine: Annotated[list[str] | None, typer.Option(help="which to compare")] = None,
+    size: Size = "512x288",
+    frames: Annotated[int, typer.Option(min=1, help="per engine")] = 240,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+) -> None:
+    """One session on several engines in turn: fps, latency, stages."""
+    from bench import latency
+    from stream.config import parse_size
+
+    _check_reports(json_file, html_file)
+    report = latency.measure(source, model, tuple(engine or ("openvino", "torch")), parse_size(size)[0], frames, _say)
+    print(latency.text(report))
+    _write_report(report, json_file, html_file)
+
+
+@bench_app.command("engines")
+def bench_engines(json_file: JsonFile = None, html_file: HtmlFile = None) -> None:
+    """Every network of the embedded model on every engine of this machine."""
+    from bench import engines
+
+    _check_reports(json_file, html_file)
+    report = engines.measure()
+    print(engines.text(report))
+    _write_report(report, json_file, html_file)
+
+
+def version() -> str:
+    """The installed version, or that of a source tree."""
+    try:
+        return metadata.version("livestyle")
+    except metadata.PackageNotFoundError:
+        return "0.0.0 (source tree)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `livestyle` command; returns the exit status. A bug leaves as a traceback, exit status 1."""
+    logging.basicConfig(format="note: %(message)s", level=logging.WARNING)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = app(args=arguments or ["--help"], prog_name="livestyle", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except UserError as error:
+        return _complain(error.message, error.hint or "see `livestyle doctor`")
+    except TyperException as error:
+        return _complain(error.format_message(), "see `livestyle --help`")
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+
+
+def _complain(message: str, hint: str) -> int:
+    for kind, text in (("error", message), ("hint", hint)):
+        print(f"{kind}: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+def _say(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _run(job: Job) -> Outcome:
+    from stream import run as runner
+
+    outcome: Outcome = runner.run(job, (lambda text: None) if job.quiet else _say)
+    return outcome
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _print_engines(entries: Sequence[Any], as_json: bool, prefix: str = "") -> None:
+    if as_json:
+        _print_json([asdict(entry) for entry in entries])
+        return
+    for e in entries:
+        print(f"{prefix}{e.digest}  {e.backend:12} {e.name:14} {e.size / 2**20:8.1f} MB  {e.problem or 'sound'}")
+    if not entries:
+        print("none")
+
+
+def _check_reports(*paths: Path | None) -> None:
+    from stream.run import check_report
+
+    for path in paths:
+        if path:
+            check_report(path)
+
+
+def _write_report(report: dict[str, Any], json_file: Path | None, html_file: Path | None) -> None:
+    if json_file:
+        from stream.run import write_json
+
+        write_json(json_file, report)
+    if html_file:
+        from bench.report import html
+
+        html_file.write_text(html(report), encoding="utf-8")

@@ -1,0 +1,216 @@
+"""One run from source to sinks: everything checked, opened, joined, watched, closed and reported in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from accel.errors import UserError
+from models.params import Params
+from stream.config import patched
+from stream.frame import Frame
+from stream.pump import start_pump
+from stream.session import Session
+from stream.sink import Sink, check_sink, open_sink
+from stream.sink import scheme_of as sink_scheme
+from stream.source import Source, SourceLost, open_source
+from stream.source import scheme_of as source_scheme
+from stream.status import Status
+from stream.worker import Worker
+
+POLL = 0.1  # s between two looks at a running session
+READER_PATIENCE = 3.0  # s a reader that hangs in its source is waited for
+TOUR = 2_000_000  # µs each prompt of a tour lasts
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to run. `tour`: prompts to change between every two seconds of the source's time."""
+
+    source: str
+    sinks: tuple[str, ...]
+    params: Params = Params()
+    model: str = "mini"
+    engine: str = "auto"
+    size: tuple[int, int] = (512, 288)  # the box pictures are fitted into: (width, height)
+    frames: int | None = None
+    realtime: bool = False
+    stats: Path | None = None
+    quiet: bool = False
+    tour: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # said once the run can start
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: its `--stats` report, and whether it was interrupted."""
+
+    stats: dict[str, Any]
+    interrupted: bool
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM: the first asks, the second forces. While `raises`, the first is a KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.raises = True
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count > 1:
+            if sys.stderr.isatty():
+                os.write(2, b"\x1b[?25h\n")  # the progress bar hid the cursor
+            os._exit(130)
+        if self.raises:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[Interrupts]:
+        """Take the signals, and give them back."""
+        before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run(job: Job, say: Callable[[str], None]) -> Outcome:
+    """Run to the end of the source, the frame limit or an interrupt; the files are closed and playable after it.
+
+    Raises what ended the session, after the sinks are closed and the stats are written.
+    """
+    from models.load import load
+
+    with Interrupts().installed() as interrupts, contextlib.ExitStack() as opened:
+        check_paths(job)
+
+        def open() -> Source:
+            return open_source(job.source, size=job.size, fit=job.params.frame.fit, realtime=job.realtime)
+
+        source = open()
+        opened.callback(source.close)
+        spec = source.spec
+        size = (spec.width, spec.height)
+        stylizer = load(job.model, size, job.engine, say)
+        advice = stylizer.advice(job.params)
+        told = [*job.notes, *source.warnings, *([advice] if advice else [])]
+        for note in told:
+            say(note)
+        sinks: list[Sink] = []
+        for url in job.sinks:
+            settings = job.params.sink
+            sinks.append(open_sink(url, spec, codec=settings.codec, crf=settings.crf))
+            opened.callback(sinks[-1].close)
+        opened.pop_all()  # from here on their threads close them
+        interrupts.raises = False
+        total = job.frames or (None if spec.live else spec.frames)
+        with Worker(stylizer) as worker, Status(total, quiet=job.quiet) as status:
+            session = worker.open(job.params, spec.live, frames=job.frames if spec.live else None)
+            for url, sink in zip(job.sinks, sinks, strict=True):
+                session.attach(sink, lossless=not spec.live or is_file(url))
+            first = _Tour(source, session, job.tour) if job.tour else source
+            reader = start_pump(open, session, first=first, frames=None if spec.live else job.frames)
+            while not session.join(POLL):
+                if interrupts.count:
+                    session.stop()
+                status.show(session.meter, session.phase)
+            reader.join(READER_PATIENCE)
+            status.show(session.meter, session.phase)
+        for note in (*source.warnings, *(line for sink in sinks for line in sink.warnings)):  # complete only now
+            if note not in told:
+                say(note)
+        stats = session.meter.stats(stylizer.info, size)
+        if job.stats:
+            write_json(job.stats, stats)
+        if isinstance(session.error, SourceLost):
+            raise UserError(f"{job.source}: {session.error}", hint="check the source; what came before it is written")
+        if session.error:
+            raise session.error
+        return Outcome(stats, bool(interrupts.count))
+
+
+class _Tour:
+    """A source whose passing time changes the session's prompt."""
+
+    def __init__(self, source: Source, session: Session, prompts: tuple[str, ...]) -> None:
+        self.spec = source.spec
+        self.warnings = source.warnings
+        self.skipped = 0
+        self.close = source.close
+        self._source = source
+        self._session = session
+        self._prompts = prompts
+
+    def frames(self) -> Iterator[Frame]:
+        stop = -1
+        for frame in self._source.frames():
+            if frame.pts // TOUR != stop:
+                stop = frame.pts // TOUR
+                prompt = self._prompts[stop % len(self._prompts)]
+                self._session.params = patched(self._session.params, {"style.prompt": prompt})
+            yield frame
+
+
+def is_file(url: str) -> bool:
+    """Whether a SINK is a file."""
+    return sink_scheme(url) == "file"
+
+
+def default_sink(source: str, codec: str) -> str:
+    """A window where there is a display, else a file in the current directory named after the source."""
+    if sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        return "window"
+    name = Path(source).stem if source_scheme(source) == "file" else re.sub(r"\W+", "-", source).strip("-")
+    return f"{name}-livestyle.{'mkv' if codec == 'ffv1' else 'mp4'}"
+
+
+def check_paths(job: Job) -> None:
+    """Raise UserError for an output that could not be written, or would destroy the input or another output."""
+    origin = job.source.removeprefix("file://") if source_scheme(job.source) == "file" else ""
+    read = Path(origin) if origin and Path(origin).exists() else None
+    for url in job.sinks:
+        check_sink(url, codec=job.params.sink.codec, origin=str(read) if read else None)
+    if job.stats:
+        check_report(job.stats)
+    seen = {read.resolve()} if read else set()
+    for path in [Path(url.removeprefix("file://")) for url in job.sinks if is_file(url)] + [job.stats]:
+        if path and path.resolve() in seen:
+            raise UserError(f"{path} is used twice", hint="give the input, every --to and --stats a file of its own")
+        if path:
+            seen.add(path.resolve())
+
+
+def check_report(path: Path) -> None:
+    """Raise UserError for a report that could not be written."""
+    if not path.parent.is_dir():
+        raise UserError(f"no such folder: {path.parent}", hint="create it first, or choose another place")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder", hint="name a file inside it")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"not allowed to write into {path.parent}", hint="choose another place")
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write a report so that a reader sees all of it or the old one."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+            file.write("\n")
+        os.chmod(scratch, 0o644)  # mkstemp's 0600 is for secrets
+        os.replace(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise

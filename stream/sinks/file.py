@@ -1,0 +1,194 @@
+"""A video file: pts and sound of the source kept, playable even when the writing is cut off."""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import cast
+
+import av
+import numpy as np
+from av.container import OutputContainer
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from av.video.stream import VideoStream
+
+from accel.errors import UserError
+from stream.frame import Frame, VideoSpec, to_ticks
+from stream.sinks.audio import AudioCopy
+from stream.sinks.disk import Disk
+from stream.sources.container import reason
+
+# hybrid: fragments while it is written, an ordinary file once it is closed; delay_moov: keeps the first pts
+_HYBRID = {"movflags": "hybrid_fragmented+frag_keyframe+delay_moov"}
+FORMATS: dict[str, tuple[str, dict[str, str]]] = {  # suffix → muxer, its options
+    ".mp4": ("mp4", _HYBRID),
+    ".mov": ("mov", _HYBRID),
+    ".mkv": ("matroska", {"cluster_time_limit": "1000"}),  # ms lost at most when killed
+}
+CODECS = {"h264": "libx264", "mpeg4": "mpeg4", "ffv1": "ffv1"}
+MILLISECOND = Fraction(1, 1000)  # Matroska's tick
+KEYFRAME_S = 1.0  # a killed process loses at most this much
+
+
+def check(url: str, codec: str, origin: str | None) -> None:
+    """Raise UserError for a name, place or codec that cannot be written; creates nothing."""
+    path = Path(url.removeprefix("file://"))
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise UserError(f"cannot write {path.name}: unknown kind of file", hint=f"choose one of {' '.join(FORMATS)}")
+    if codec not in CODECS:
+        raise UserError(f"no such codec: {codec}", hint=f"choose one of {' '.join(CODECS)}")
+    if codec == "ffv1" and suffix != ".mkv":
+        raise UserError(
+            f"ffv1 does not go into {suffix}", hint=f"name it {path.with_suffix('.mkv').name}, or use codec h264"
+        )
+    if not path.parent.is_dir():
+        raise UserError(f"no such folder: {path.parent}", hint="create it first, or choose another place")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder", hint="name a file inside it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"not allowed to write {path}", hint="check its permissions, or choose another place")
+    if origin and path.exists() and os.path.samefile(path, origin):
+        raise UserError(f"{path} is the file being read", hint="choose another name for the result")
+
+
+def open_sink(url: str, spec: VideoSpec, codec: str, crf: int) -> FileSink:
+    """Open a path or `file://` URL that `check` found good."""
+    return FileSink(Path(url.removeprefix("file://")), spec, codec, crf)
+
+
+class FileSink:
+    """Encodes frames at their own pts and copies the source's sound up to each.
+
+    Frames whose pts do not grow are moved one tick on and counted in `nudged`. A failed write raises UserError once;
+    what was written before it stays playable.
+    """
+
+    def __init__(self, path: Path, spec: VideoSpec, codec: str, crf: int) -> None:
+        self.written = 0
+        self.nudged = 0
+        self.warnings: list[str] = []
+        self._path, self._spec, self._codec = path, spec, codec
+        muxer, options = FORMATS[path.suffix.lower()]
+        self._tick = _tick(spec.time_base, muxer, codec)
+        self._last: int | None = None  # ticks
+        self._shift = 0  # ticks that everything is moved by
+        self._scaler = VideoReformatter()
+        try:
+            self._disk = Disk(str(path))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {(error.strerror or '').lower()}", hint="choose another place"
+            ) from None
+        # packets reach the disk as they come; the empty file name keeps PyAV from opening one itself
+        self._output: OutputContainer = av.open(
+            self._disk, "w", format=muxer, container_options=options | {"flush_packets": "1"}
+        )
+        self._stream = self._video(codec, crf)
+        self._audio = AudioCopy(spec.audio, self._output, self.warnings) if spec.audio else None
+        self._open = True
+
+    def write(self, frame: Frame) -> None:
+        """Encode one frame; raises UserError when the disk is full or gone."""
+        pts = self._grown(to_ticks(frame.pts, self._tick))
+        picture = self._pixels(frame.image)
+        picture.pts, picture.time_base = pts, self._tick
+        try:
+            self._output.mux(self._stream.encode(picture))
+            if self._audio:
+                self._audio.copy(self._output, float(pts * self._tick), float(self._shift * self._tick))
+            self._disk.mark()
+        except (OSError, av.FFmpegError) as error:
+            raise self._failed(error) from None
+        self.written += 1
+
+    def close(self) -> None:
+        """Finish the file; raises UserError when its end could not be written."""
+        if not self._open:
+            return
+        self._open = False
+        try:
+            if self.written:
+                self._output.mux(self._stream.encode(None))
+                self._rest_of_audio()
+            self._output.close()
+        except (OSError, av.FFmpegError) as error:
+            if self._disk.failure is None or self._disk.failure is error:
+                raise self._failed(error) from None
+        finally:
+            if self._audio:
+                self._audio.close()
+            self._disk.close()
+
+    def _video(self, codec: str, crf: int) -> VideoStream:
+        spec, fps = self._spec, Fraction(self._spec.fps).limit_denominator(1001)
+        stream = cast("VideoStream", self._output.add_stream(CODECS[codec], rate=fps))
+        context = stream.codec_context
+        context.time_base = self._tick
+        context.gop_size = max(1, round(spec.fps * KEYFRAME_S))
+        if codec == "ffv1":  # lossless in RGB
+            context.width, context.height, context.pix_fmt = spec.width, spec.height, "bgr0"
+            context.gop_size = 1
+            context.options = {"level": "3", "slicecrc": "1"}
+            return stream
+        # 4:2:0 has one colour sample for two by two pixels; a last odd row or column is cut off
+        context.width, context.height, context.pix_fmt = spec.width & ~1, spec.height & ~1, "yuv420p"
+        context.color_range = ColorRange.MPEG
+        context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+        context.max_b_frames = 0
+        if codec == "h264":
+            context.options = {"preset": "veryfast", "crf": str(crf)}
+        else:  # MPEG-4 part 2 knows no crf: quantizer 2 (best) to 31
+            context.options = {"qmin": "2", "qmax": str(2 + crf * 29 // 51)}
+            context.bit_rate = 50_000_000
+        return stream
+
+    def _pixels(self, image: np.ndarray) -> av.VideoFrame:
+        width, height = self._stream.codec_context.width, self._stream.codec_context.height
+        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), "rgb24")
+        if self._codec == "ffv1":
+            return self._scaler.reformat(rgb, format="bgr0")
+        return self._scaler.reformat(
+            rgb,
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            threads=1,
+        )
+
+    def _grown(self, pts: int) -> int:
+        if self._last is None:
+            self._shift = -min(pts, 0)  # MP4 cuts off what is shown before 0
+        pts += self._shift
+        if self._last is not None and pts <= self._last:
+            pts = self._last + 1
+            self.nudged += 1
+        self._last = pts
+        return pts
+
+    def _rest_of_audio(self) -> None:
+        """All of it when all pictures came, else up to the end of the last picture."""
+        if self._audio is None or self._last is None:
+            return
+        end = float(self._last * self._tick) + 1 / self._spec.fps
+        shift = float(self._shift * self._tick)
+        complete = self._spec.end is not None and end - shift + 0.25 >= self._spec.end * 1e-6
+        self._audio.copy(self._output, None if complete else end, shift)
+
+    def _failed(self, error: OSError | av.FFmpegError) -> UserError:
+        cause = self._disk.failure or error
+        why = reason(cause) if isinstance(cause, av.FFmpegError) else (cause.strerror or str(cause)).lower()
+        return UserError(
+            f"cannot go on writing {self._path}: {why}",
+            hint=f"make room, or choose another place; the first {self.written} frames are kept, the last second may miss",
+        )
+
+
+def _tick(time_base: Fraction, muxer: str, codec: str) -> Fraction:
+    """The finest tick of the source that the container and the codec can keep."""
+    if muxer == "matroska":
+        return max(time_base, MILLISECOND)
+    if codec == "mpeg4" and time_base.denominator > 65_535:
+        return Fraction(1, 60_000)
+    return time_base

@@ -1,0 +1,146 @@
+"""The thread that owns the device: takes turns between sessions, runs commands between turns."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from models.params import Params
+from stream.frame import Frame
+from stream.session import Clock, Session
+
+if TYPE_CHECKING:
+    from models.stylizer import State, Stylizer
+
+R = TypeVar("R")
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A session and its stream memory, which only the worker thread touches."""
+
+    session: Session
+    state: State | None = None
+    produced: int = 0
+
+
+class Worker(threading.Thread):
+    """The only thread that calls the stylizer. Weights are shared, memory is per session, turns go round.
+
+    >>> with Worker(stylizer) as worker:
+    ...     session = worker.open(Params(), live=True)
+    """
+
+    def __init__(self, stylizer: Stylizer, *, clock: Clock = time.monotonic) -> None:
+        super().__init__(name="worker", daemon=True)
+        self.stylizer = stylizer
+        self.clock = clock
+        self._lanes: deque[_Lane] = deque()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake = threading.Event()
+        self._closing = False
+        self._ids = itertools.count(1)
+
+    def __enter__(self) -> Worker:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def open(self, params: Params, live: bool, *, frames: int | None = None) -> Session:
+        """A new session, at once; its memory is made in its first turn. Any thread may call this."""
+        session = Session(
+            str(next(self._ids)), params, live=live, frames=frames, notify=self._wake.set, clock=self.clock
+        )
+        self.call(lambda: self._lanes.append(_Lane(session)))
+        return session
+
+    def call(self, fn: Callable[[], R]) -> Future[R]:
+        """Run `fn` on the worker thread between two turns; its result or exception comes in the future."""
+        if self._closing:
+            raise RuntimeError("the worker is closed")
+        future: Future[R] = Future()
+        self._commands.put(lambda: _settle(future, fn))
+        self._wake.set()
+        return future
+
+    def turn(self) -> bool:
+        """Run waiting commands, then one frame of the next session that has one; False when there was nothing."""
+        worked = self._run_commands()
+        for _ in range(len(self._lanes)):
+            lane = self._lanes[0]
+            session = lane.session
+            if session.error is not None or session.inbox.drained:
+                self._lanes.popleft()
+                session.retire()
+                return True
+            self._lanes.rotate(-1)
+            # Asking for room first keeps one slow file from holding up every other session.
+            if session.outlets.has_room() and (frame := session.inbox.poll()) is not None:
+                session.isolate(self._stylize, lane, frame)
+                return True
+        return worked
+
+    def run(self) -> None:
+        """Take turns until closed and every session is over."""
+        try:
+            while self._lanes or not self._closing or not self._commands.empty():
+                self._wake.clear()  # before looking, so that what comes while looking is seen
+                if self._closing:
+                    for lane in self._lanes:
+                        lane.session.stop()
+                if not self.turn():
+                    self._wake.wait()
+        finally:
+            for lane in self._lanes:
+                lane.session.fail(RuntimeError("the worker thread ended"))
+                lane.session.retire()
+
+    def close(self, timeout: float | None = 10.0) -> bool:
+        """End all sessions cleanly, then the thread; False if it still runs after `timeout` seconds."""
+        self._closing = True
+        self._wake.set()
+        if self.ident is not None:
+            self.join(timeout)
+        return not self.is_alive()
+
+    def _run_commands(self) -> bool:
+        worked = False
+        while not self._commands.empty():
+            self._commands.get()()
+            worked = True
+        return worked
+
+    def _stylize(self, lane: _Lane, frame: Frame) -> None:
+        session, started = lane.session, self.clock()
+        params = session.params  # once per frame: a change never lands in the middle of one
+        if lane.state is None:
+            lane.state = self.stylizer.open(params)
+        launched = self.stylizer.step(lane.state, frame.image, params)
+        launched.wait()
+        image = launched.image()
+        session.meter.key(self.clock())
+        session.outlets.put(replace(frame, image=image))
+        lane.produced += 1
+        stages = dict(launched.stages_ms)
+        stages["handover"] = max(0.0, (self.clock() - started) * 1000 - sum(stages.values()))
+        session.meter.stages(stages)
+        if session.frames is not None and lane.produced >= session.frames:
+            session.inbox.close(discard=True)
+            session.stop()
+
+
+def _settle(future: Future[R], fn: Callable[[], R]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(fn())
+        except BaseException as error:  # not swallowed: it belongs to whoever holds the future
+            future.set_exception(error)

@@ -1,0 +1,75 @@
+"""Which engine is chosen, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from accel import select
+from accel.errors import UserError
+
+
+def test_importing_accel_loads_no_engine_library() -> None:
+    code = "import accel, sys; print([m for m in ('torch', 'openvino', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_openvino_reports_no_usage_and_writes_nothing_to_the_home_folder(tmp_path) -> None:
+    code = (
+        "import torch, sys; from accel.engine import *; from accel.openvino_backend import OpenVINOBackend\n"
+        "x = TensorSpec('x', (1, 2)); spec = EngineSpec('linear', (x,), (x,), 'f')\n"
+        "OpenVINOBackend(threads=1).load(lambda: torch.nn.Linear(2, 2), spec)\n"
+        "print([m for m in sys.modules if m.startswith('openvino_telemetry.')])"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "[]", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_takes_openvino_where_there_is_no_cuda_and_says_why(monkeypatch) -> None:
+    monkeypatch.setattr(select, "_has_cuda", lambda: False)
+    choice = select.choose("auto", threads=1)
+    assert choice.backend.name == "openvino"
+    assert "openvino" in choice.reason and "no CUDA device" in choice.reason and "\n" not in choice.reason
+
+
+def test_auto_falls_to_torch_without_openvino_and_an_explicit_engine_does_not(monkeypatch) -> None:
+    monkeypatch.setattr(select, "_has_cuda", lambda: False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert select.choose("auto").backend.name == "torch"
+    with pytest.raises(UserError) as caught:
+        select.choose("openvino")
+    assert caught.value.hint and "\n" not in caught.value.message
+
+
+def test_auto_prefers_cuda(monkeypatch) -> None:
+    monkeypatch.setattr(select, "_has_cuda", lambda: True)
+    monkeypatch.setattr(select, "_make", lambda name, threads: select_fake(name))
+    assert select.choose("auto").backend.name == "torch-cuda"
+
+
+def select_fake(name: str) -> object:
+    return type("Fake", (), {"name": name, "device": "cuda"})()
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_tensorrt_says_what_it_lacks(monkeypatch, cuda: bool) -> None:
+    monkeypatch.setattr(select, "_has_cuda", lambda: cuda)
+    with pytest.raises(UserError, match="not in this version" if cuda else "no CUDA device") as caught:
+        select.choose("tensorrt")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["torch", "null", "openvino"])
+def test_named_engine_is_taken(name: str) -> None:
+    assert select.choose(name, threads=1).backend.name == name
+
+
+def test_unknown_engine_lists_the_known() -> None:
+    with pytest.raises(UserError, match="unknown engine: onnx") as caught:
+        select.choose("onnx")
+    assert "openvino" in caught.value.hint
