@@ -28,9 +28,9 @@ FORMAT = 1  # raise it when the conversion below changes what a blob computes
 def library() -> ModuleType:
     """Import OpenVINO with its usage reporting off; import it nowhere else.
 
-    Left alone, `import openvino` and each conversion post events to its vendor and write to ~/intel without asking.
-    Where its telemetry package cannot be imported it uses its own silent stub, which is what happens here;
-    conversion is also several times quicker that way.
+    Left alone, `import openvino` and each conversion send events to its vendor and write to ~/intel, without asking,
+    unless the user has opted out. Where its telemetry package cannot be imported OpenVINO uses its own silent stub:
+    that is what happens here.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.exceptions import TyperException
 
 from accel.errors import UserError
 
@@ -22,7 +21,9 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 DEMO_FILE = "livestyle-demo.mp4"
 DEMO_FRAMES = 300
-DEMO_PROMPTS = ("oil painting", "watercolour", "comic book", "charcoal sketch", "stained glass")
+DEMO_PROMPTS = ("oil painting", "watercolour", "ukiyo-e", "pencil drawing", "neon", "stained glass", "comic book")
+
+CommandError: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException: newer typers carry their own click
 
 # Two lines for the user's errors, a plain traceback for ours: no boxes around either.
 _plain: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
@@ -32,7 +33,9 @@ bench_app = typer.Typer(help="Measure what this machine does.", **_plain)
 app.add_typer(engines_app, name="engines")
 app.add_typer(bench_app, name="bench")
 
-To = Annotated[list[str] | None, typer.Option("--to", metavar="SINK", help="a file, window, virtualcam, rtmp://… or null")]
+To = Annotated[
+    list[str] | None, typer.Option("--to", metavar="SINK", help="a file, window, virtualcam, rtmp://… or null")
+]
 Model = Annotated[str, typer.Option(help="see `livestyle models`")]
 Engine = Annotated[str, typer.Option(help="auto, openvino, torch, torch-cuda, tensorrt or null")]
 Size = Annotated[str, typer.Option(metavar="WxH", help="box the picture is fitted into, pixels")]
@@ -188,13 +191,22 @@ def bench_latency(
 
 
 @bench_app.command("engines")
-def bench_engines(json_file: JsonFile = None, html_file: HtmlFile = None) -> None:
-    """Every network of the embedded model on every engine of this machine."""
-    from bench import engines
+def bench_engines(
+    model: Model = "mini",
+    engine: Annotated[list[str] | None, typer.Option(help="which to compare; all that run here")] = None,
+    size: Size = "512x288",
+    launches: Annotated[int, typer.Option(min=1, help="of every network")] = 30,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+) -> None:
+    """Every network of a model on every engine of this machine: time, and difference from the reference."""
+    from bench.latency import text
+    from bench.networks import measure_model
+    from stream.config import parse_size
 
     _check_reports(json_file, html_file)
-    report = engines.measure()
-    print(engines.text(report))
+    report = measure_model(model, parse_size(size)[0], tuple(engine or ()), launches, _say)
+    print(text(report))
     _write_report(report, json_file, html_file)
 
 
@@ -215,8 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except UserError as error:
         return _complain(error.message, error.hint or "see `livestyle doctor`")
-    except TyperException as error:
-        return _complain(error.format_message(), "see `livestyle --help`")
+    except CommandError as error:
+        return _complain(str(error), "see `livestyle --help`")
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
 
@@ -247,7 +259,8 @@ def _print_engines(entries: Sequence[Any], as_json: bool, prefix: str = "") -> N
         _print_json([asdict(entry) for entry in entries])
         return
     for e in entries:
-        print(f"{prefix}{e.digest}  {e.backend:12} {e.name:14} {e.size / 2**20:8.1f} MB  {e.problem or 'sound'}")
+        backend = e.backend.partition(" ")[0]  # its fingerprint begins with its name
+        print(f"{prefix}{e.digest}  {backend:12} {e.name:14} {e.size / 2**20:8.1f} MB  {e.problem or 'sound'}")
     if not entries:
         print("none")
 
@@ -269,3 +282,7 @@ def _write_report(report: dict[str, Any], json_file: Path | None, html_file: Pat
         from bench.report import html
 
         html_file.write_text(html(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

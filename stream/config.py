@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from accel.errors import UserError
 from models.params import Params
@@ -81,7 +81,7 @@ def parse_size(text: str) -> tuple[tuple[int, int], str]:
     >>> parse_size("513x77")
     ((512, 80), 'size 513x77 → 512x80: multiples of 8, at least 64')
     """
-    match = re.fullmatch(r"(\d{1,5})[x×X](\d{1,5})", text.strip())
+    match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
     if not match or max(int(match[1]), int(match[2])) > SIZE_MAX:
         raise UserError(f"bad size: {text}", hint=f"--size takes WIDTHxHEIGHT up to {SIZE_MAX}, for example 512x288")
     asked = int(match[1]), int(match[2])
@@ -137,6 +137,8 @@ def _bad_value(error: ValidationError) -> UserError:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     key = ".".join(path[:2])
-    section: type[BaseModel] | None = Params.model_fields[path[0]].annotation
-    about = section.model_fields[path[1]].description if section and len(path) > 1 else None
-    return UserError(f"{key} = {first['input']!r}: {first['msg'].lower()}", hint=f"{key}: {about or 'see the settings'}")
+    section = Params.model_fields[path[0]].default
+    about = type(section).model_fields[path[1]].description if len(path) > 1 else None
+    return UserError(
+        f"{key} = {first['input']!r}: {first['msg'].lower()}", hint=f"{key}: {about or 'see the settings'}"
+    )

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-LIBRARIES = ("torch", "openvino", "diffusers", "transformers", "av", "opencv-python-headless", "numpy")
+LIBRARIES = ("torch", "openvino", "diffusers", "transformers", "av", "opencv-python", "numpy")
+INSTEAD = {"opencv-python": "opencv-python-headless"}  # does all but windows
 CODECS = {"libx264": "h264 files and streams", "ffv1": "lossless files", "mpeg4": "files without x264"}
 ENOUGH_MEMORY = 4 << 30  # bytes
 
@@ -57,6 +58,8 @@ def _library(name: str) -> Finding:
     try:
         return Finding(name, True, metadata.version(name))
     except metadata.PackageNotFoundError:
+        if name in INSTEAD and (other := _library(INSTEAD[name])).ok:
+            return Finding(name, False, f"only {other.topic} {other.found}", f"for windows: pip install {name}")
         return Finding(name, False, "not installed", f"pip install {name}")
 
 
@@ -66,7 +69,9 @@ def _engines() -> list[Finding]:
     found = []
     for name in ORDER:
         lack = missing(name)
-        found.append(Finding(f"engine {name}", lack is None, lack.message if lack else "ready", lack.hint if lack else ""))
+        found.append(
+            Finding(f"engine {name}", lack is None, lack.message if lack else "ready", lack.hint if lack else "")
+        )
     return found
 
 
@@ -88,7 +93,9 @@ def _cameras() -> list[Finding]:
     found = sorted(Path("/dev").glob("video[0-9]*"))
     blocked = [path for path in found if not os.access(path, os.R_OK | os.W_OK)]
     if blocked:
-        return [Finding("cameras", False, f"no access to {blocked[0]}", "sudo usermod -aG video $USER, then log in again")]
+        return [
+            Finding("cameras", False, f"no access to {blocked[0]}", "sudo usermod -aG video $USER, then log in again")
+        ]
     names = ", ".join(str(path) for path in found) or "none"
     return [Finding("cameras", bool(found), names, "plug one in, or use a file or `livestyle demo`")]
 

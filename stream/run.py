@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,7 +39,7 @@ class Job:
 
     source: str
     sinks: tuple[str, ...]
-    params: Params = Params()
+    params: Params = field(default_factory=Params)
     model: str = "mini"
     engine: str = "auto"
     size: tuple[int, int] = (512, 288)  # the box pictures are fitted into: (width, height)

@@ -90,7 +90,7 @@ class Session:
         """Run a part of this session; whatever it raises ends this session alone."""
         try:
             function(*arguments)
-        except Exception as error:  # the one isolation point: any bug of a source, sink or model stops here
+        except Exception as error:  # noqa: BLE001 the one isolation point: any bug of a source, sink or model stops here
             self.fail(error)
 
     def retire(self) -> None:

@@ -21,7 +21,7 @@ HEALTHY_S = 30.0  # a source that delivered for so long starts the retry schedul
 
 
 class SourceLost(Exception):
-    """A live source broke off; opening it again may help."""
+    """A live source broke off; opening it again may help. The pts of the new one start at 0 again."""
 
 
 class Source(Protocol):

@@ -142,5 +142,5 @@ def _settle(future: Future[R], fn: Callable[[], R]) -> None:
     if future.set_running_or_notify_cancel():
         try:
             future.set_result(fn())
-        except BaseException as error:  # not swallowed: it belongs to whoever holds the future
+        except BaseException as error:  # noqa: BLE001 not swallowed: it belongs to whoever holds the future
             future.set_exception(error)

@@ -158,7 +158,9 @@ class FakeStylizer:
 def install(step_s: float = 0.0) -> None:
     """Put the fake stylizer where `models.load` is looked for: for subprocesses that test the command line."""
 
-    def load(model: str, size: tuple[int, int], engine: str = "auto", log: Callable[[str], None] = print) -> FakeStylizer:
+    def load(
+        model: str, size: tuple[int, int], engine: str = "auto", log: Callable[[str], None] = print
+    ) -> FakeStylizer:
         log(f"engine null: {model}")
         return FakeStylizer(size, before=lambda state, params: time.sleep(step_s))
 

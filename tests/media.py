@@ -17,7 +17,8 @@ av.logging.set_level(None)
 
 TB = Fraction(1, 90_000)
 COLOURS = np.array(
-    [[255, 255, 255], [255, 255, 0], [0, 255, 255], [0, 255, 0], [255, 0, 255], [255, 0, 0], [0, 0, 255], [0, 0, 0]], np.uint8
+    [[255, 255, 255], [255, 255, 0], [0, 255, 255], [0, 255, 0], [255, 0, 255], [255, 0, 0], [0, 0, 255], [0, 0, 0]],
+    np.uint8,
 )
 SHARED = Path(os.environ.get("LIVESTYLE_SHARED") or Path(__file__).parents[2] / "shared")
 CLIPS = sorted(path for path in (SHARED / "data" / "clips").glob("*") if path.suffix in (".mp4", ".mkv"))
@@ -39,7 +40,9 @@ def bars_error(image: NDArray[np.uint8]) -> int:
 def moving(width: int, height: int, count: int) -> list[NDArray[np.uint8]]:
     """Smooth pictures that shift by four pixels each."""
     y, x = np.mgrid[0:height, 0:width]
-    base = np.stack([128 + 100 * np.sin(x / 17.0), 128 + 100 * np.sin(y / 13.0), 128 + 100 * np.sin((x + y) / 29.0)], -1)
+    base = np.stack(
+        [128 + 100 * np.sin(x / 17.0), 128 + 100 * np.sin(y / 13.0), 128 + 100 * np.sin((x + y) / 29.0)], -1
+    )
     return [np.roll(base.astype(np.uint8), 4 * i, axis=1) for i in range(count)]
 
 
@@ -110,6 +113,8 @@ def _tone(output: Any, codec: str, seconds: float, start: float) -> Any:
         t = (np.arange(block) + index * block) / rate
         wave = 0.3 * np.sin(2 * np.pi * 440 * t)
         data = wave.astype(np.float32) if fmt.startswith("flt") else (wave * 32767).astype(np.int16)
+        if fmt.startswith("u8"):
+            data = (wave * 127 + 128).astype(np.uint8)
         if fmt.startswith("s32"):
             data = (wave * 2**31).astype(np.int32)
         frame = av.AudioFrame.from_ndarray(data[None], format=fmt, layout="mono")
@@ -150,6 +155,13 @@ def read_back(path: Path, *, pictures: bool = True) -> Contents:
                 if pictures:
                     images.append(frame.to_ndarray(format="rgb24"))
     return Contents(pts, images, audio, tags, name)
+
+
+def audio_sizes(path: Path) -> list[int]:
+    """Bytes of each packet of sound, without decoding."""
+    with av.open(str(path)) as container:
+        sound = container.streams.audio[:1]
+        return [packet.size for packet in container.demux(*sound) if packet.size] if sound else []
 
 
 def boxes(path: Path) -> list[str]:

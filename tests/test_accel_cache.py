@@ -30,7 +30,9 @@ def test_written_engine_is_read_back(tmp_path) -> None:
     assert cache.read(tmp_path, key()) == b"blob"
     assert cache.read(tmp_path, key(fingerprint="f1")) is None
     manifest = json.loads((tmp_path / cache.digest_of(key()) / "manifest.json").read_text())
-    assert manifest["key"] == key() and manifest["size"] == 4 and manifest["build_s"] == 1.5
+    assert manifest["key"] == key()
+    assert manifest["size"] == 4
+    assert manifest["build_s"] == 1.5
 
 
 def test_digest_does_not_depend_on_the_order_of_the_key() -> None:
@@ -62,7 +64,8 @@ def test_prune_drops_the_least_recently_used_first(tmp_path) -> None:
     assert cache.read(tmp_path, keys[0])  # now the most recently used
     dropped = cache.prune(tmp_path, max_bytes=12_000)
     assert [e.digest for e in dropped] == [cache.digest_of(keys[1])]
-    assert cache.read(tmp_path, keys[0]) and cache.read(tmp_path, keys[2])
+    assert cache.read(tmp_path, keys[0])
+    assert cache.read(tmp_path, keys[2])
     cache.prune(tmp_path, max_bytes=0)
     assert list(tmp_path.iterdir()) == []
 
@@ -82,7 +85,8 @@ def test_prune_removes_what_dead_writers_left_and_spares_the_living(tmp_path) ->
     living.mkdir()
     os.utime(dead, (1000.0, 1000.0))
     cache.prune(tmp_path)
-    assert not dead.exists() and living.exists()
+    assert not dead.exists()
+    assert living.exists()
 
 
 def test_concurrent_writers_of_one_key_leave_one_sound_entry(tmp_path) -> None:
@@ -122,4 +126,5 @@ def test_default_folder_follows_the_environment(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("LIVESTYLE_CACHE", str(tmp_path))
     assert cache.default_root() == tmp_path / "engines"
     monkeypatch.delenv("LIVESTYLE_CACHE")
-    assert cache.default_root().name == "engines" and "livestyle" in cache.default_root().parts
+    assert cache.default_root().name == "engines"
+    assert "livestyle" in cache.default_root().parts

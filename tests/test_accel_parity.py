@@ -244,7 +244,9 @@ def test_damaged_engine_is_rebuilt_and_said_once(tmp_path, caplog, valid_checksu
     with caplog.at_level(logging.WARNING):
         engine = backend.load(factory, CODEC.spec(), tmp_path)
     assert factory.calls == 2
-    assert len(caplog.records) == 1 and "building it again" in caplog.text and "\n" not in caplog.messages[0]
+    assert len(caplog.records) == 1
+    assert "building it again" in caplog.text
+    assert "\n" not in caplog.messages[0]
     assert engine(*CODEC.example())[1].dtype == torch.uint8
     backend.load(factory, CODEC.spec(), tmp_path)
     assert factory.calls == 2

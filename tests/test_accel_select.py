@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from accel import select
+from accel import machine, select
 from accel.errors import UserError
 
 
@@ -19,9 +19,7 @@ def test_importing_accel_loads_no_engine_library() -> None:
 
 def test_openvino_reports_no_usage_and_writes_nothing_to_the_home_folder(tmp_path) -> None:
     code = (
-        "import torch, sys; from accel.engine import *; from accel.openvino_backend import OpenVINOBackend\n"
-        "x = TensorSpec('x', (1, 2)); spec = EngineSpec('linear', (x,), (x,), 'f')\n"
-        "OpenVINOBackend(threads=1).load(lambda: torch.nn.Linear(2, 2), spec)\n"
+        "import sys; from accel.openvino_backend import library; library()\n"
         "print([m for m in sys.modules if m.startswith('openvino_telemetry.')])"
     )
     environment = {**os.environ, "HOME": str(tmp_path)}
@@ -34,7 +32,9 @@ def test_auto_takes_openvino_where_there_is_no_cuda_and_says_why(monkeypatch) ->
     monkeypatch.setattr(select, "_has_cuda", lambda: False)
     choice = select.choose("auto", threads=1)
     assert choice.backend.name == "openvino"
-    assert "openvino" in choice.reason and "no CUDA device" in choice.reason and "\n" not in choice.reason
+    assert "openvino" in choice.reason
+    assert "no CUDA device" in choice.reason
+    assert "\n" not in choice.reason
 
 
 def test_auto_falls_to_torch_without_openvino_and_an_explicit_engine_does_not(monkeypatch) -> None:
@@ -43,7 +43,8 @@ def test_auto_falls_to_torch_without_openvino_and_an_explicit_engine_does_not(mo
     assert select.choose("auto").backend.name == "torch"
     with pytest.raises(UserError) as caught:
         select.choose("openvino")
-    assert caught.value.hint and "\n" not in caught.value.message
+    assert caught.value.hint
+    assert "\n" not in caught.value.message
 
 
 def test_auto_prefers_cuda(monkeypatch) -> None:
@@ -73,3 +74,10 @@ def test_unknown_engine_lists_the_known() -> None:
     with pytest.raises(UserError, match="unknown engine: onnx") as caught:
         select.choose("onnx")
     assert "openvino" in caught.value.hint
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("", 2)])
+def test_cores_are_physical_and_bounded_by_the_containers_quota(monkeypatch, quota: str, cores: int) -> None:
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(machine, "_read", lambda path: quota if "cgroup" in path else f"{int(path[27]) % 2}")
+    assert machine.physical_cores() == cores

@@ -19,7 +19,9 @@ HEAVY = ("torch", "av", "cv2", "diffusers", "transformers", "openvino", "tensorr
 
 
 def command(*arguments: object, step_s: float = 0.0) -> list[str]:
-    code = f"import sys; from tests import fakes; fakes.install({step_s}); from stream.cli import main; sys.exit(main())"
+    code = (
+        f"import sys; from tests import fakes; fakes.install({step_s}); from stream.cli import main; sys.exit(main())"
+    )
     return [sys.executable, "-c", code, *map(str, arguments)]
 
 
@@ -35,7 +37,7 @@ def livestyle(cwd: Path, *arguments: object) -> subprocess.CompletedProcess[str]
 def assert_users_error(result: subprocess.CompletedProcess[str], *words: str) -> None:
     lines = result.stderr.splitlines()
     assert result.returncode == 2, result.stderr
-    assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("hint: "), result.stderr
+    assert [line.partition(": ")[0] for line in lines] == ["error", "hint"], result.stderr
     for word in words:
         assert word in result.stderr
 
@@ -61,11 +63,14 @@ def test_help_and_version_load_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_a_run_writes_the_file_and_the_measurements(tmp_path: Path) -> None:
-    done = livestyle(tmp_path, "run", "test", "--to", "out.mp4", "--frames", 12, "--size", "128x72", "--stats", "s.json")
+    done = livestyle(
+        tmp_path, "run", "test", "--to", "out.mp4", "--frames", 12, "--size", "128x72", "--stats", "s.json"
+    )
     assert done.returncode == 0, done.stderr
     stats = json.loads((tmp_path / "s.json").read_text())
     assert count_frames(tmp_path / "out.mp4") == 12 == stats["frames_out"] == stats["frames_in"]
-    assert stats["model"] == "fake" and {"source", "encode", "unet", "handover", "write"} <= set(stats["stages_ms"])
+    assert stats["model"] == "fake"
+    assert {"source", "encode", "unet", "handover", "write"} <= set(stats["stages_ms"])
     assert "\x1b" not in done.stderr  # no terminal, no escape codes
 
 
@@ -74,7 +79,8 @@ def test_the_result_goes_to_every_sink_and_through_again(tmp_path: Path) -> None
     assert first.returncode == 0, first.stderr
     assert count_frames(tmp_path / "b.mkv") == 5
     second = livestyle(tmp_path, "run", "a.mp4", "--size", "64x64", "--quiet")
-    assert second.returncode == 0 and second.stderr == ""
+    assert second.returncode == 0
+    assert second.stderr == ""
     assert count_frames(tmp_path / "a-livestyle.mp4") == 5  # no display: a file named after the source
 
 
@@ -88,7 +94,8 @@ def test_the_default_sink_an_adjusted_size_and_advice_are_each_said_in_one_line(
 def test_the_demo_needs_no_arguments(tmp_path: Path) -> None:
     done = livestyle(tmp_path, "demo", "--frames", 8)
     assert done.returncode == 0, done.stderr
-    assert "livestyle-demo.mp4" in done.stdout and "fps" in done.stdout
+    assert "livestyle-demo.mp4" in done.stdout
+    assert "fps" in done.stdout
     assert count_frames(tmp_path / "livestyle-demo.mp4") == 8
 
 
@@ -113,7 +120,11 @@ def test_the_demo_needs_no_arguments(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_user_can_mend_is_said_in_two_lines(
-    tmp_path: Path, arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    arguments: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     from stream.cli import main
 
@@ -152,7 +163,8 @@ def test_an_interrupt_leaves_a_playable_file_and_the_measurements(tmp_path: Path
 def test_a_bug_is_a_traceback_after_the_files_are_closed(tmp_path: Path) -> None:
     done = livestyle(tmp_path, "run", "test", "--to", "null", "--prompt", "boom", "--stats", "s.json", "--frames", 3)
     assert done.returncode == 1
-    assert "Traceback" in done.stderr and "ArithmeticError: boom" in done.stderr
+    assert "Traceback" in done.stderr
+    assert "ArithmeticError: boom" in done.stderr
     assert (tmp_path / "s.json").exists()
 
 

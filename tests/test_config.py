@@ -37,14 +37,16 @@ def test_dotted_and_nested_toml_are_the_same(tmp_path: Path) -> None:
 def test_an_unknown_key_is_named_with_the_nearest_one(key: str, nearest: str) -> None:
     with pytest.raises(UserError) as caught:
         load_params(sets=[f"{key}=x"])
-    assert key in caught.value.message and nearest in caught.value.hint
+    assert key in caught.value.message
+    assert nearest in caught.value.hint
 
 
 @pytest.mark.parametrize("pair", ["style.steps=many", "style.steps=99", "sink.codec=divx", "style.strength=nan"])
 def test_a_bad_value_names_its_key(pair: str) -> None:
     with pytest.raises(UserError) as caught:
         load_params(sets=[pair])
-    assert pair.partition("=")[0] in caught.value.message and caught.value.hint
+    assert pair.partition("=")[0] in caught.value.message
+    assert caught.value.hint
 
 
 def test_a_set_without_a_value_and_an_unknown_preset_are_refused() -> None:
@@ -75,17 +77,25 @@ def test_a_table_where_a_value_belongs_and_the_reverse_are_refused(tmp_path: Pat
 def test_patching_makes_new_settings() -> None:
     old = Params()
     new = patched(old, {"style.seed": 9})
-    assert new.style.seed == 9 and old.style.seed != 9
+    assert new.style.seed == 9
+    assert old.style.seed != 9
     assert "style.prompt" in keys()
 
 
 @pytest.mark.parametrize(
     ("text", "size", "noted"),
-    [("512x288", (512, 288), False), ("513x77", (512, 80), True), ("10x10", (64, 64), True), ("640X360", (640, 360), False)],
+    [
+        ("512x288", (512, 288), False),
+        ("513x77", (512, 80), True),
+        ("10x10", (64, 64), True),
+        ("640X360", (640, 360), False),
+    ],
 )
 def test_sizes_become_multiples_of_eight_with_one_line(text: str, size: tuple[int, int], noted: bool) -> None:
     got, note = parse_size(text)
-    assert got == size and bool(note) == noted and "\n" not in note
+    assert got == size
+    assert bool(note) == noted
+    assert "\n" not in note
 
 
 @pytest.mark.parametrize("text", ["512", "axb", "512x", "-8x8", "99999x8", ""])

@@ -91,7 +91,9 @@ def test_closing_with_discard_counts_what_was_inside() -> None:
     box.put(1)
     box.put(2)
     box.close(discard=True)
-    assert box.drained and box.dropped == 2 and drops == [2]
+    assert box.drained
+    assert box.dropped == 2
+    assert drops == [2]
 
 
 def test_closing_wakes_every_reader_and_writer() -> None:
@@ -141,7 +143,7 @@ def test_every_change_is_announced_without_the_lock_held() -> None:
 
 
 def test_a_box_without_room_is_refused() -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="room"):
         Mailbox[int](0)
 
 
@@ -192,7 +194,8 @@ def test_a_slow_viewer_never_holds_up_another_subscriber() -> None:
         fanout.put(item)
         got.append(file.get())
     assert got == list(range(20))
-    assert slow.get() == 19 and slow.dropped == 19
+    assert slow.get() == 19
+    assert slow.dropped == 19
 
 
 def test_a_full_file_holds_up_the_producer_but_not_the_viewer() -> None:
@@ -206,7 +209,8 @@ def test_a_full_file_holds_up_the_producer_but_not_the_viewer() -> None:
     assert viewer.get(PATIENCE) == 1  # although the file's box is still full
     assert file.get() == 0
     producer.join(PATIENCE)
-    assert file.get() == 1 and file.dropped == 0
+    assert file.get() == 1
+    assert file.dropped == 0
 
 
 def test_a_closed_subscriber_is_forgotten_and_a_late_one_gets_the_end() -> None:
@@ -214,7 +218,9 @@ def test_a_closed_subscriber_is_forgotten_and_a_late_one_gets_the_end() -> None:
     gone, stays = fanout.subscribe(lossless=True), fanout.subscribe()
     gone.close()
     fanout.put(1)
-    assert len(fanout) == 1 and stays.get() == 1
+    assert len(fanout) == 1
+    assert stays.get() == 1
     fanout.close()
     late = fanout.subscribe()
-    assert late.drained and stays.drained
+    assert late.drained
+    assert stays.drained

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 
 from stream.meter import SAMPLES, Meter
+from stream.status import PLAIN_EVERY, Status
+from tests.fakes import FakeClock
 
 
 def metered(latencies_ms: list[float], fps: float = 10.0) -> Meter:
@@ -65,4 +68,25 @@ def test_stats_have_exactly_the_documented_keys() -> None:
 
 def test_a_meter_that_saw_nothing_reports_zeros() -> None:
     stats = Meter().stats({}, (64, 48))
-    assert stats["fps"] == 0.0 and stats["latency_ms"] == {"p50": 0.0, "p95": 0.0, "p99": 0.0}
+    assert stats["fps"] == 0.0
+    assert stats["latency_ms"] == {"p50": 0.0, "p95": 0.0, "p99": 0.0}
+
+
+def test_without_a_terminal_a_plain_line_comes_every_few_seconds() -> None:
+    clock, out = FakeClock(), io.StringIO()
+    with Status(total=300, out=out, clock=clock) as status:
+        for _ in range(100):
+            clock.advance(PLAIN_EVERY / 40)
+            status.show(metered([10.0] * 3), "reconnecting")
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("3/300 frames · reconnecting")
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_quiet_status_says_nothing() -> None:
+    clock, out = FakeClock(), io.StringIO()
+    with Status(quiet=True, out=out, clock=clock) as status:
+        clock.advance(PLAIN_EVERY * 2)
+        status.show(Meter(), "running")
+    assert out.getvalue() == ""

@@ -62,7 +62,8 @@ def test_live_every_captured_frame_is_written_or_counted_as_dropped() -> None:
         assert session.join(PATIENCE)
     meter = session.meter
     assert meter.frames_in == 200 == meter.frames_out + meter.dropped
-    assert sink.seqs == sorted(sink.seqs) and sink.seqs[-1] == 199  # the newest always comes through
+    assert sink.seqs == sorted(sink.seqs)
+    assert sink.seqs[-1] == 199
 
 
 def test_a_broken_sink_ends_its_session_and_the_other_sink_is_flushed_and_closed() -> None:
@@ -73,9 +74,12 @@ def test_a_broken_sink_ends_its_session_and_the_other_sink_is_flushed_and_closed
         session.attach(broken, lossless=True)
         start_pump(lambda: FakeSource(1000), session).join(PATIENCE)
         assert session.join(PATIENCE)
-    assert session.phase == "failed" and str(session.error) == "disk full"
-    assert broken.closed.is_set() and file.closed.is_set()
-    assert file.seqs == list(range(len(file.seqs))) and 3 <= len(file.seqs) < 1000
+    assert session.phase == "failed"
+    assert str(session.error) == "disk full"
+    assert broken.closed.is_set()
+    assert file.closed.is_set()
+    assert file.seqs == list(range(len(file.seqs)))
+    assert 3 <= len(file.seqs) < 1000
 
 
 def test_closing_the_window_ends_the_session_without_an_error() -> None:
@@ -85,7 +89,9 @@ def test_closing_the_window_ends_the_session_without_an_error() -> None:
         session.attach(window, lossless=True)
         start_pump(lambda: FakeSource(1000), session).join(PATIENCE)
         assert session.join(PATIENCE)
-    assert session.error is None and session.phase == "ended" and window.closed.is_set()
+    assert session.error is None
+    assert session.phase == "ended"
+    assert window.closed.is_set()
 
 
 def test_a_sink_that_cannot_be_closed_fails_the_session() -> None:
@@ -112,7 +118,8 @@ def test_stopping_lets_what_is_under_way_reach_the_sink() -> None:
         reader.join(PATIENCE)
         sink.let(1000)
         assert session.join(PATIENCE)
-    assert session.phase == "ended" and sink.closed.is_set()
+    assert session.phase == "ended"
+    assert sink.closed.is_set()
     assert len(sink.seqs) == session.meter.frames_in == session.meter.frames_out
 
 
@@ -122,7 +129,8 @@ def test_a_session_that_is_over_never_runs_again_and_keeps_its_first_error() -> 
     session.fail(OSError("second"))
     session.enter("running")
     session.retire()
-    assert str(session.error) == "first" and session.phase == "failed"
+    assert str(session.error) == "first"
+    assert session.phase == "failed"
 
 
 def test_join_gives_up_after_its_timeout() -> None:

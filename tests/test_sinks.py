@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import re
 import subprocess
 import sys
 import textwrap
@@ -43,12 +45,14 @@ def frames(count: int, width: int = 192, height: int = 128, step: int = 33_333) 
         ("folder.mp4", "h264", "file inside"),
     ],
 )
-def test_what_cannot_be_written_is_said_before_anything_is_made(tmp_path: Path, name: str, codec: str, says: str) -> None:
+def test_what_cannot_be_written_is_said_before_anything_is_made(
+    tmp_path: Path, name: str, codec: str, says: str
+) -> None:
     (tmp_path / "folder.mp4").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as caught:
         check_sink(str(tmp_path / name), codec=codec)
-    assert __import__("re").search(says, caught.value.hint)
+    assert re.search(says, caught.value.hint)
     assert "\n" not in caught.value.message + caught.value.hint
     with pytest.raises(UserError):
         open_sink(str(tmp_path / name), spec(), codec=codec)
@@ -134,7 +138,7 @@ def test_times_that_do_not_grow_are_nudged(tmp_path: Path, name: str) -> None:
     assert len(back.pts) == len(times)
     assert all(b > a for a, b in itertools.pairwise(back.pts))
     assert back.pts[-1] == 120_000
-    assert getattr(sink, "nudged") == 4
+    assert sink.nudged == 4
 
 
 @pytest.mark.parametrize("start", [-66_666, 0, 1_500_000])
@@ -186,7 +190,9 @@ sink.close()
 
 def child(how: str, out: Path) -> subprocess.CompletedProcess[str]:
     code = textwrap.dedent(CHILD.format(root=str(ROOT)))
-    return subprocess.run([sys.executable, "-c", code, how, str(out)], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, how, str(out)], capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.mov", "out.mkv"])
@@ -206,6 +212,33 @@ def test_a_full_disk_is_two_lines_and_leaves_a_playable_file(tmp_path: Path, nam
     assert done.stderr == ""
     assert (tmp_path / name).stat().st_size <= 600_000
     assert len(read_back(tmp_path / name).pts) >= 20
+
+
+def test_a_disk_that_fills_while_closing_leaves_a_playable_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.mp4"
+    sink = open_sink(str(out), spec())
+    for frame in frames(150):
+        sink.write(frame)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("stream.sinks.disk.os.write", full)
+    with pytest.raises(UserError, match="no space left"):
+        sink.close()
+    monkeypatch.undo()
+    assert len(read_back(out).pts) >= 60
+
+
+def test_pictures_of_another_size_are_brought_to_the_files(tmp_path: Path) -> None:
+    out = tmp_path / "out.mp4"
+    with closing(open_sink(str(out), spec())) as sink:
+        sink.write(frames(1)[0])
+        sink.write(Frame(bars(320, 240), 40_000, 1, 0.0))
+        sink.write(Frame(bars(64, 64), 80_000, 2, 0.0))
+    assert [image.shape for image in read_back(out).images] == [(128, 192, 3)] * 3
 
 
 # window

@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -19,11 +21,12 @@ from accel.errors import UserError
 from stream import pacing
 from stream.fit import fit_size, round_size
 from stream.frame import Frame, VideoSpec, to_ticks, to_us
-from stream.source import SourceLost, open_source, retry_delays, scheme_of
+from stream.source import Source, SourceLost, open_source, retry_delays, scheme_of
 from stream.sources import camera, network
-from stream.sources.container import Opening
+from stream.sources.container import ContainerSource, Opening
 from stream.sources.realtime import Realtime
 from tests.media import CLIPS, TB, bars, bars_error, moving, read_back, write_clip
+from tests.rtsp import RtspServer
 
 
 def frames_of(url: object, **how: object) -> list[Frame]:
@@ -180,8 +183,6 @@ def test_damage_in_the_middle_is_skipped_and_counted(tmp_path: Path) -> None:
 
 
 def audio_only(folder: Path) -> Path:
-    import av
-
     with av.open(str(folder / "song.wav"), "w") as output:
         stream = output.add_stream("pcm_s16le", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
@@ -244,6 +245,26 @@ def test_closing_in_the_middle_ends_the_frames(tmp_path: Path) -> None:
     assert list(source.frames()) == []
 
 
+def test_closing_from_another_thread_never_pulls_the_file_from_under_the_reader(tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4", moving(64, 64, 200))
+    for _ in range(10):
+        source = open_source(str(clip))
+        seen, started = [], threading.Event()
+
+        def read(source: Source = source, seen: list[Frame] = seen, started: threading.Event = started) -> None:
+            for frame in source.frames():
+                seen.append(frame)
+                started.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert started.wait(10)
+        source.close()
+        reader.join(10)
+        assert not reader.is_alive()
+        assert seen
+
+
 @pytest.mark.skipif(not CLIPS, reason="the shared clips are not here (LIVESTYLE_SHARED)")
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda path: path.stem)
 def test_real_clips_are_delivered_whole_and_in_order(clip: Path) -> None:
@@ -272,7 +293,7 @@ def test_built_in_pictures_move_and_are_deterministic(name: str) -> None:
 
 
 def test_the_demo_moves_smoothly_without_jumps() -> None:
-    with closing(open_source("demo", size=(256, 144))) as source:
+    with closing(open_source("demo", size=(128, 72))) as source:
         images = [f.image.astype(int) for f in itertools.islice(source.frames(), 30 * 36)]  # once through all scenes
     steps = np.array([np.abs(b - a).mean() for a, b in itertools.pairwise(images)])
     assert steps.min() > 0.05
@@ -343,6 +364,13 @@ def test_retries_follow_the_schedule_of_go2rtc() -> None:
     assert list(itertools.islice(retry_delays(jitter=lambda: 1.0), 6)) == [1.25] * 5 + [6.25]
 
 
+def until_lost(source: Source) -> list[Frame]:
+    seen: list[Frame] = []
+    with pytest.raises(SourceLost):
+        seen.extend(source.frames())
+    return seen
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -358,8 +386,6 @@ def test_a_refused_connection_is_the_users_to_mend(scheme: str) -> None:
 
 
 def test_srt_says_what_to_do_where_the_build_lacks_it() -> None:
-    import av
-
     if "srt" in getattr(av, "protocols", ()):
         pytest.skip("this build has SRT")
     with pytest.raises(UserError, match="srt"):
@@ -379,46 +405,54 @@ def test_passwords_stay_out_of_names() -> None:
 
 
 def test_a_live_stream_that_ends_is_lost(tmp_path: Path) -> None:
-    import av
-
-    from stream.sources.container import ContainerSource
-
     clip = write_clip(tmp_path / "a.mp4", moving(64, 64, 10), pts=[9000 + 3000 * i for i in range(10)])
     ticks = itertools.count(step=0.01)  # every packet is waited for: nothing piled up
     source = ContainerSource(av.open(str(clip)), Opening("cam", live=True, clock=lambda: next(ticks)))
-    seen: list[Frame] = []
-    with pytest.raises(SourceLost, match="cam"):
-        seen.extend(source.frames())
+    assert len(until_lost(source)) == 10
     source = ContainerSource(av.open(str(clip)), Opening("cam", live=True, clock=lambda: next(ticks)))
     frames = source.frames()
     assert [next(frames).pts for _ in range(10)] == [round(i * 1e6 / 30) for i in range(10)]  # since it opened
 
 
+class SlowContainer:
+    """A container whose packets take the given times to come, in s."""
+
+    def __init__(self, path: Path, waits: Iterator[float]) -> None:
+        self._container, self._waits = av.open(str(path)), waits
+        self.now = 0.0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._container, name)
+
+    def demux(self, stream: av.VideoStream) -> Iterator[object]:
+        for packet in self._container.demux(stream):
+            self.now += next(self._waits)
+            yield packet
+
+
 def test_what_piled_up_before_reading_is_thrown_away(tmp_path: Path) -> None:
-    import av
+    clip = write_clip(tmp_path / "a.mp4", moving(64, 64, 30), options={"preset": "ultrafast", "tune": "zerolatency"})
+    slow = SlowContainer(clip, itertools.chain([0.0] * 20, itertools.repeat(0.033)))
+    source = ContainerSource(slow, Opening("cam", live=True, clock=lambda: slow.now))  # type: ignore[arg-type]
+    pts = [frame.pts for frame in until_lost(source)]
+    assert pts == [round(i * 1e6 / 30) for i in (0, *range(20, 30))]
 
-    from stream.sources.container import ContainerSource
 
-    clip = write_clip(tmp_path / "a.mp4", moving(64, 64, 30))
-    waits = itertools.chain([0.0] * 20, itertools.repeat(0.03))  # s per packet
-    now = [0.0]
-    asked = itertools.cycle([False, True])
-
-    def clock() -> float:  # the decoder asks before and after each packet
-        if next(asked):
-            now[0] += next(waits)
-        return now[0]
-
-    container = av.open(str(clip))
-    source = ContainerSource(container, Opening("cam", live=True, clock=clock))
-    picked: list[int] = []
-    with pytest.raises(SourceLost):
-        for picture in source._current():
-            picked.append(picture.pts or 0)
-        source._ended()
-    assert picked[0] == 0
-    assert picked[1] >= 19 * 3000
-    assert len(picked) <= 12
+def test_an_rtsp_camera_is_read_until_it_breaks_off_and_can_be_opened_again() -> None:
+    server = RtspServer(moving(320, 192, 10), rounds=60, clients=2)
+    server.start()
+    for _ in range(2):
+        with closing(open_source(server.url, size=(256, 256))) as source:
+            assert source.spec.live
+            assert (source.spec.width, source.spec.height) == (256, 152)
+            seen = until_lost(source)
+        assert len(seen) >= 20
+        assert seen[0].pts == 0
+        assert all(b.pts > a.pts for a, b in itertools.pairwise(seen))
+    assert all("TCP" in transport for transport in server.transports)
+    server.join(10)
+    with pytest.raises(UserError, match="refused"):
+        open_source(server.url)
 
 
 def test_http_recordings_are_read_to_their_end(tmp_path: Path) -> None:
@@ -434,7 +468,7 @@ def test_http_recordings_are_read_to_their_end(tmp_path: Path) -> None:
             assert not source.spec.live
             assert source.spec.audio == url
             assert len(list(source.frames())) == 12
-        with pytest.raises(UserError, match="404|not found"):
+        with pytest.raises(UserError, match=r"404|not found"):
             open_source(f"http://127.0.0.1:{port}/gone.mp4")
     finally:
         server.kill()

@@ -75,9 +75,13 @@ def test_a_failing_session_ends_alone() -> None:
         good.attach(good_sink, lossless=True)
         for session in (bad, good):
             start_pump(lambda: FakeSource(30), session)
-        assert bad.join(PATIENCE) and good.join(PATIENCE)
-    assert isinstance(bad.error, ArithmeticError) and bad.phase == "failed" and bad_sink.closed.is_set()
-    assert good.error is None and good_sink.seqs == list(range(30))
+        assert bad.join(PATIENCE)
+        assert good.join(PATIENCE)
+    assert isinstance(bad.error, ArithmeticError)
+    assert bad.phase == "failed"
+    assert bad_sink.closed.is_set()
+    assert good.error is None
+    assert good_sink.seqs == list(range(30))
 
 
 def test_a_full_file_of_one_session_does_not_stop_the_others() -> None:
@@ -90,7 +94,8 @@ def test_a_full_file_of_one_session_does_not_stop_the_others() -> None:
         assert stuck.entered.acquire(timeout=PATIENCE)
         start_pump(lambda: FakeSource(50), second)
         assert second.join(PATIENCE)
-        assert fine.seqs == list(range(50)) and stuck.seqs == []
+        assert fine.seqs == list(range(50))
+        assert stuck.seqs == []
         stuck.let(50)
         assert first.join(PATIENCE)
     assert stuck.seqs == list(range(50))
@@ -118,7 +123,8 @@ def test_a_live_frame_limit_is_of_stylized_frames() -> None:
         session.attach(sink, lossless=True)
         start_pump(lambda: FakeSource(100_000, live=True), session)
         assert session.join(PATIENCE)
-    assert len(sink.frames) == 3 and session.phase == "ended"
+    assert len(sink.frames) == 3
+    assert session.phase == "ended"
 
 
 def test_commands_run_between_turns_on_the_worker_thread() -> None:
@@ -136,6 +142,8 @@ def test_a_closed_worker_refuses_and_a_closing_one_ends_its_sessions_cleanly() -
     session = worker.open(STILL, live=True)
     session.attach(sink, lossless=False)
     assert worker.close(PATIENCE)
-    assert session.join(PATIENCE) and session.phase == "ended" and sink.closed.is_set()
+    assert session.join(PATIENCE)
+    assert session.phase == "ended"
+    assert sink.closed.is_set()
     with pytest.raises(RuntimeError):
         worker.call(lambda: None)

@@ -6,7 +6,7 @@ from typing import cast
 
 import av
 from av.audio.stream import AudioStream
-from av.container import OutputContainer
+from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 
 from stream.sources.container import reason
@@ -22,6 +22,8 @@ class AudioCopy:
         self._warnings = warnings
         self._next: Packet[AudioStream] | None = None
         self._stream: AudioStream | None = None
+        self._input: InputContainer | None = None
+        self._last_dts: int | None = None
         try:
             self._input = av.open(url if "://" in url else f"file:{url}")
         except av.FFmpegError as error:
@@ -39,11 +41,6 @@ class AudioCopy:
         self._packets = self._input.demux(template)
         self._advance()
 
-    @property
-    def start(self) -> float:
-        """Time of the first packet in s, 0 without sound."""
-        return _time(self._next) if self._next else 0.0
-
     def copy(self, output: OutputContainer, until: float | None, shift: float = 0.0) -> None:
         """Mux what starts before `until` s (None: all of it), `shift` s later than in the input."""
         while self._next is not None and (until is None or _time(self._next) + shift < until):
@@ -59,15 +56,22 @@ class AudioCopy:
     def close(self) -> None:
         """Close the input."""
         self._next = None
-        if hasattr(self, "_input"):
+        if self._input is not None:
             self._input.close()
 
     def _advance(self) -> None:
+        """The next packet whose dts grows: a muxer refuses others, and the pictures must go on."""
         try:
-            self._next = next((packet for packet in self._packets if packet.dts is not None), None)
+            self._next = next((packet for packet in self._packets if self._grows(packet)), None)
         except av.FFmpegError as error:
             self._warnings.append(f"the sound ends early: {reason(error)}")
             self._next = None
+
+    def _grows(self, packet: Packet[AudioStream]) -> bool:
+        if packet.dts is None or (self._last_dts is not None and packet.dts <= self._last_dts):
+            return False
+        self._last_dts = packet.dts
+        return True
 
 
 def _time(packet: Packet[AudioStream]) -> float:

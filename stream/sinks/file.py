@@ -19,6 +19,8 @@ from stream.sinks.audio import AudioCopy
 from stream.sinks.disk import Disk
 from stream.sources.container import reason
 
+# packets reach the disk as they come, and pictures wait no longer than 2 s (in µs) for sound that has ended
+_PROMPT = {"flush_packets": "1", "max_interleave_delta": "2000000"}
 # hybrid: fragments while it is written, an ordinary file once it is closed; delay_moov: keeps the first pts
 _HYBRID = {"movflags": "hybrid_fragmented+frag_keyframe+delay_moov"}
 FORMATS: dict[str, tuple[str, dict[str, str]]] = {  # suffix → muxer, its options
@@ -39,6 +41,10 @@ def check(url: str, codec: str, origin: str | None) -> None:
         raise UserError(f"cannot write {path.name}: unknown kind of file", hint=f"choose one of {' '.join(FORMATS)}")
     if codec not in CODECS:
         raise UserError(f"no such codec: {codec}", hint=f"choose one of {' '.join(CODECS)}")
+    try:
+        av.codec.Codec(CODECS[codec], "w")
+    except av.codec.codec.UnknownCodecError:
+        raise UserError(f"this FFmpeg was built without {CODECS[codec]}", hint="--set sink.codec=mpeg4") from None
     if codec == "ffv1" and suffix != ".mkv":
         raise UserError(
             f"ffv1 does not go into {suffix}", hint=f"name it {path.with_suffix('.mkv').name}, or use codec h264"
@@ -81,10 +87,7 @@ class FileSink:
             raise UserError(
                 f"cannot write {path}: {(error.strerror or '').lower()}", hint="choose another place"
             ) from None
-        # packets reach the disk as they come; the empty file name keeps PyAV from opening one itself
-        self._output: OutputContainer = av.open(
-            self._disk, "w", format=muxer, container_options=options | {"flush_packets": "1"}
-        )
+        self._output: OutputContainer = av.open(self._disk, "w", format=muxer, container_options=options | _PROMPT)
         self._stream = self._video(codec, crf)
         self._audio = AudioCopy(spec.audio, self._output, self.warnings) if spec.audio else None
         self._open = True
@@ -148,9 +151,11 @@ class FileSink:
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
         rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), "rgb24")
         if self._codec == "ffv1":
-            return self._scaler.reformat(rgb, format="bgr0")
+            return self._scaler.reformat(rgb, width=width, height=height, format="bgr0")
         return self._scaler.reformat(
             rgb,
+            width=width,  # a model of another size may be swapped in
+            height=height,
             format="yuv420p",
             dst_colorspace=Colorspace.ITU709,
             dst_color_range=ColorRange.MPEG,
@@ -181,7 +186,7 @@ class FileSink:
         why = reason(cause) if isinstance(cause, av.FFmpegError) else (cause.strerror or str(cause)).lower()
         return UserError(
             f"cannot go on writing {self._path}: {why}",
-            hint=f"make room, or choose another place; the first {self.written} frames are kept, the last second may miss",
+            hint=f"make room or choose another place; of {self.written} frames only the last second may be missing",
         )
 
 
