@@ -23,7 +23,7 @@ DEMO_FILE = "livestyle-demo.mp4"
 DEMO_FRAMES = 300
 DEMO_PROMPTS = ("oil painting", "watercolour", "ukiyo-e", "pencil drawing", "neon", "stained glass", "comic book")
 
-CommandError: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException: newer typers carry their own click
+CommandError: Any = typer.BadParameter.__mro__[2]  # ClickException: newer typers carry their own click
 
 # Two lines for the user's errors, a plain traceback for ours: no boxes around either.
 _plain: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
@@ -33,9 +33,7 @@ bench_app = typer.Typer(help="Measure what this machine does.", **_plain)
 app.add_typer(engines_app, name="engines")
 app.add_typer(bench_app, name="bench")
 
-To = Annotated[
-    list[str] | None, typer.Option("--to", metavar="SINK", help="a file, window, virtualcam, rtmp://… or null")
-]
+To = Annotated[list[str] | None, typer.Option("--to", metavar="SINK", help="a file, window or null")]
 Model = Annotated[str, typer.Option(help="see `livestyle models`")]
 Engine = Annotated[str, typer.Option(help="auto, openvino, torch, torch-cuda, tensorrt or null")]
 Size = Annotated[str, typer.Option(metavar="WxH", help="box the picture is fitted into, pixels")]
@@ -228,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(error.message, error.hint or "see `livestyle doctor`")
     except CommandError as error:
-        return _complain(str(error), "see `livestyle --help`")
+        return _complain(error.format_message(), "see `livestyle --help`")
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
 
