@@ -74,7 +74,7 @@ class Folder:
         except (OSError, ValueError) as error:
             raise UserError(
                 f"not a model folder: {self.path} ({type(error).__name__})",
-                hint="it needs model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/ (diffusers' format)",
+                hint="diffusers' format has model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/",
             ) from error
 
     def config(self, part: str) -> dict[str, Any]:
@@ -83,7 +83,9 @@ class Folder:
         try:
             return dict(json.loads(path.read_text()))
         except (OSError, ValueError) as error:
-            raise UserError(f"model folder {self.path} has no readable {part}/{path.name}", hint="fetch it again") from error
+            raise UserError(
+                f"model folder {self.path} has no readable {part}/{path.name}", hint="fetch it again"
+            ) from error
 
     def fingerprint(self, part: str) -> str:
         """A digest of a part's configuration and weights."""
@@ -106,7 +108,9 @@ class Folder:
         elif kind == "AutoencoderKL":
             from diffusers import AutoencoderKL as Autoencoder  # type: ignore[assignment]
         else:
-            raise UserError(f"unknown autoencoder class: {kind}", hint="AutoencoderTiny, AutoencoderKL or PatchAutoencoder")
+            raise UserError(
+                f"unknown autoencoder class: {kind}", hint="AutoencoderTiny, AutoencoderKL or PatchAutoencoder"
+            )
         return self._read(Autoencoder, "vae")
 
     def unet(self) -> nn.Module:
@@ -147,7 +151,9 @@ class Folder:
             module: nn.Module = kind.from_pretrained(self.path / part, torch_dtype=torch.float32)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"model folder {self.path}: {part} cannot be read ({reason})", hint="fetch it again") from error
+            raise UserError(
+                f"model folder {self.path}: {part} cannot be read ({reason})", hint="fetch it again"
+            ) from error
         return module.eval().requires_grad_(False)
 
 

@@ -23,7 +23,9 @@ class Style(_Section):
         float, Field(ge=0, le=10, description="how much to hold on to the camera picture (guidance > 1)")
     ] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**32, description="noise seed")] = 1
-    seed_mode: Annotated[Literal["fixed", "per-frame"], Field(description="same noise for every frame, or new")] = "fixed"
+    seed_mode: Annotated[Literal["fixed", "per-frame"], Field(description="same noise for every frame, or new")] = (
+        "fixed"
+    )
 
 
 class SinkSettings(_Section):
@@ -37,7 +39,8 @@ class FrameSettings(_Section):
     """How a source's pictures are brought to the model's size."""
 
     fit: Annotated[
-        Literal["fit", "crop", "stretch"], Field(description="keep the aspect by a smaller frame, by cutting, or give it up")
+        Literal["fit", "crop", "stretch"],
+        Field(description="keep the aspect by a smaller frame, by cutting, or give it up"),
     ] = "fit"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +33,14 @@ MODELS: dict[str, ModelSpec] = {
 }
 
 
+def style_names(folder: Path) -> dict[str, list[str]]:
+    """The styles that a small-vocabulary model was made for, each with its synonyms; empty for any other model."""
+    path = folder / "styles.json"
+    return dict(json.loads(path.read_text())["styles"]) if path.is_file() else {}
+
+
 def available() -> list[dict[str, object]]:
-    """A row per model for `livestyle models`: name, about, licence, megabytes, ready."""
+    """A row per model for `livestyle models`: name, about, licence, megabytes, ready, styles (prompts it was made for)."""
     return [
         {
             "name": spec.name,
@@ -41,6 +48,7 @@ def available() -> list[dict[str, object]]:
             "licence": spec.licence,
             "megabytes": spec.megabytes,
             "ready": (spec.folder / "model_index.json").is_file(),
+            "styles": [names[0] for names in style_names(spec.folder).values()],
         }
         for spec in MODELS.values()
     ]

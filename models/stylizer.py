@@ -48,17 +48,23 @@ class Stylizer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What one set of style settings comes to."""
+
+    style: Style
+    schedule: Schedule
+    words: Tensor  # (1, L, D)
+    negative: Tensor  # (1, L, D)
+
+
 @dataclass(slots=True)
 class State:
     """What one stream remembers from frame to frame."""
 
-    style: Style | None = None  # the settings that the rest was worked out from
-    schedule: Schedule | None = None
-    words: Tensor | None = None
-    negative: Tensor | None = None
+    prepared: Prepared
     generator: torch.Generator = field(default_factory=torch.Generator)
     noises: tuple[Tensor, ...] = ()  # the start's and those between steps
-    frames: int = 0
 
 
 @dataclass(slots=True)
@@ -136,8 +142,8 @@ class LatentStylizer:
 
     def open(self, params: Params) -> State:
         """Fresh memory for one stream, with its prompt already encoded."""
-        state = State()
-        self._follow(state, params.style)
+        state = State(self._prepare(params.style, None))
+        self._draw(state, renew=True)
         return state
 
     def step(self, state: State, image: NDArray[np.uint8], params: Params) -> Launched:
@@ -158,20 +164,22 @@ class LatentStylizer:
         stages = stages or Stages()
         net = self.networks
         with stages("schedule"):
-            self._follow(state, params.style)
+            prepared = self._follow(state, params.style)
         with stages("encode"):
             (raw,) = net.encode(picture)
         with stages("schedule"):
-            schedule, words, negative = state.schedule, state.words, state.negative
-            assert schedule is not None and words is not None and negative is not None  # _follow has set them
+            style, schedule = prepared.style, prepared.schedule
+            distilled = net.guidance_width > 0  # with its guidance as an input: one pass serves
             cond = Conditioning(
-                words, negative, raw if net.concatenates else None, params.style.guidance, params.style.image_guidance
+                words=prepared.words,
+                negative=prepared.negative,
+                source=raw if net.concatenates else None,
+                guidance=1.0 if distilled else style.guidance,
+                image_guidance=style.image_guidance,
             )
-            if net.guidance_width:  # the network was distilled with its guidance as an input
-                cond = Conditioning(words, negative, cond.source)
-            pure = net.concatenates and params.style.strength >= 1
+            pure = net.concatenates and style.strength >= 1
             z = start(net.scaling * (raw - net.shift), state.noises[0], schedule.steps[0], pure=pure)
-        extra = (guidance_embedding(params.style.guidance - 1, net.guidance_width),) if net.guidance_width else ()
+            extra = (guidance_embedding(style.guidance - 1, net.guidance_width),) if distilled else ()
 
         def network(z: Tensor, t: float, words: Tensor) -> Tensor:
             with stages("unet"):
@@ -184,7 +192,6 @@ class LatentStylizer:
         stages.ms["schedule"] -= stages.ms["unet"] - unet_before  # timed around the network's own time
         with stages("decode"):
             (result,) = net.decode(latents)
-        state.frames += 1
         return result
 
     def advice(self, params: Params) -> str:
@@ -193,31 +200,39 @@ class LatentStylizer:
         if self.networks.style_words:
             strange = unknown_words(prompt, set(self.networks.style_words))
             if strange and len(strange) == len(unknown_words(prompt, set())):
-                return f"no word of the prompt is known to this model: {', '.join(strange)}; `livestyle models` lists its styles"
+                listed = "`livestyle models` lists its styles"
+                return f"this model knows no word of the prompt ({', '.join(strange)}); {listed}"
             if strange:
                 return f"words this model does not know: {', '.join(strange)}"
         if self.networks.text.is_cut(prompt):
             return "the prompt is longer than this model reads; its end is ignored"
         return ""
 
-    def _follow(self, state: State, style: Style) -> None:
+    def _follow(self, state: State, style: Style) -> Prepared:
         """Bring a stream's memory up to its settings; only what changed is worked out again."""
-        before = state.style
+        before = state.prepared.style
         if before is not style:
-            if before is None or (before.steps, before.strength) != (style.steps, style.strength):
-                state.schedule = consistency_schedule(self.networks.tables, style.steps, style.strength)
-            if before is None or before.prompt != style.prompt:
-                state.words = self.networks.text.embed(style.prompt)
-            if before is None or before.negative != style.negative:
-                state.negative = self.networks.text.embed(style.negative)
-        renew = before is None or (before.seed, before.seed_mode, before.steps) != (style.seed, style.seed_mode, style.steps)
+            state.prepared = self._prepare(style, state.prepared)
+        renew = (before.seed, before.seed_mode, before.steps) != (style.seed, style.seed_mode, style.steps)
+        self._draw(state, renew)
+        return state.prepared
+
+    def _prepare(self, style: Style, before: Prepared | None) -> Prepared:
+        if before and (before.style.steps, before.style.strength) == (style.steps, style.strength):
+            schedule = before.schedule
+        else:
+            schedule = consistency_schedule(self.networks.tables, style.steps, style.strength)
+        embed = self.networks.text.embed
+        return Prepared(style, schedule, embed(style.prompt), embed(style.negative))
+
+    def _draw(self, state: State, renew: bool) -> None:
+        """Noise for the next frame: the same one, the seed's first (`renew`), or the generator's next."""
+        style = state.prepared.style
         if renew:
             state.generator.manual_seed(style.seed)
         if renew or style.seed_mode == "per-frame":
-            state.noises = tuple(
-                torch.randn(self.networks.latent_shape, generator=state.generator) for _ in range(style.steps)
-            )
-        state.style = style
+            shape = self.networks.latent_shape
+            state.noises = tuple(torch.randn(shape, generator=state.generator) for _ in range(style.steps))
 
 
 def guidance_embedding(scale: float, width: int) -> Tensor:

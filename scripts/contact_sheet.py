@@ -46,7 +46,9 @@ def filled(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint
     """Scale and cut the centre to fill (width, height)."""
     h, w = picture.shape[:2]
     scale = max(size[0] / w, size[1] / h)
-    picture = cv2.resize(picture, (max(size[0], round(w * scale)), max(size[1], round(h * scale))), interpolation=cv2.INTER_AREA)
+    picture = cv2.resize(
+        picture, (max(size[0], round(w * scale)), max(size[1], round(h * scale))), interpolation=cv2.INTER_AREA
+    )
     y, x = (picture.shape[0] - size[1]) // 2, (picture.shape[1] - size[0]) // 2
     return np.ascontiguousarray(picture[y : y + size[1], x : x + size[0]])
 
@@ -57,7 +59,9 @@ def main() -> None:
     parser.add_argument("pictures", nargs="*")
     parser.add_argument("--model", default="mini")
     parser.add_argument("--styles", nargs="+")
-    parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="KEY=VALUE", help="of the style section")
+    parser.add_argument(
+        "--set", dest="settings", nargs="*", default=[], metavar="KEY=VALUE", help="of the style section"
+    )
     args = parser.parse_args()
     size = (round(TILE[0] * SCALE / 8) * 8, round(TILE[1] * SCALE / 8) * 8)
     pictures = [filled(p, size) for p in ([read(n) for n in args.pictures] or shipped())]

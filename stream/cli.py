@@ -123,6 +123,8 @@ def models(as_json: Json = False) -> None:
     for row in rows:
         state = "ready" if row["ready"] else "not here"
         print(f"{row['name']:14} {state:9} {row['megabytes']:>7} MB  {row['licence']}  {row['about']}")
+        if row["styles"]:
+            print(f"{'':14} styles: {', '.join(row['styles'])}")
 
 
 @app.command()

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderTiny, LCMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-WORDS = "oil painting of a rainy city in ink".split()
+WORDS = ["oil", "painting", "of", "a", "rainy", "city", "in", "ink"]
 
 
 def tokenizer() -> CLIPTokenizer:

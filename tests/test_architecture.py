@@ -55,5 +55,7 @@ def test_help_is_quick_and_light() -> None:
 
 @pytest.mark.parametrize("folder", ["accel", "models", "stream", "bench", "docs", "scripts"])
 def test_nothing_names_a_path_of_the_machine_it_was_built_on(folder: str) -> None:
-    for path in (p for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".md", ".json", ".toml", ""} and p.is_file()):
+    for path in (
+        p for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".md", ".json", ".toml", ""} and p.is_file()
+    ):
         assert "/work/" + "main" not in path.read_text(errors="replace"), path

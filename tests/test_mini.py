@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def test_seeds_differ_visibly_and_stay_the_same_picture(mini: LatentStylizer, ph
 def test_more_steps_change_the_picture_and_keep_the_style(mini: LatentStylizer, photo: NDArray[np.uint8]) -> None:
     pictures = [stylized(mini, photo, prompt="oil painting", steps=n) for n in (1, 2, 3, 4)]
     far = distance(pictures[0], stylized(mini, photo, prompt="ink"))
-    for earlier, later in zip(pictures, pictures[1:], strict=False):
+    for earlier, later in itertools.pairwise(pictures):
         assert 1 / 255 < distance(earlier, later) < 0.5 * far
 
 

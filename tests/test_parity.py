@@ -68,7 +68,9 @@ def stylized(stylizer: LatentStylizer, style: Style) -> torch.Tensor:
 def run(pipeline: Any, **arguments: Any) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     image = picture()
-    return pipeline(PROMPT, image=image, generator=torch.Generator().manual_seed(5), output_type="pt", **arguments).images
+    return pipeline(
+        PROMPT, image=image, generator=torch.Generator().manual_seed(5), output_type="pt", **arguments
+    ).images
 
 
 @pytest.mark.parametrize("kind", ["lcm"], scope="module")
@@ -89,9 +91,7 @@ def test_equals_latent_consistency_img2img(
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_equals_stable_diffusion_img2img(folder: Path, ours: LatentStylizer, steps: int, guidance: float) -> None:
     pipeline = StableDiffusionImg2ImgPipeline(**parts(folder))
-    theirs = run(
-        pipeline, num_inference_steps=steps, strength=1.0, guidance_scale=guidance, negative_prompt=NEGATIVE
-    )
+    theirs = run(pipeline, num_inference_steps=steps, strength=1.0, guidance_scale=guidance, negative_prompt=NEGATIVE)
     style = Style(prompt=PROMPT, negative=NEGATIVE, steps=steps, guidance=guidance, seed=5)
     assert (stylized(ours, style) - theirs).abs().max() <= TOLERANCE
 

@@ -20,7 +20,14 @@ NAMES: dict[str, tuple[str, ...]] = {
     "pointillism": ("pointillism", "pointillist painting", "seurat", "dots", "divisionism"),
     "glass": ("stained glass", "stained glass window", "cathedral window", "leaded glass", "glass mosaic"),
     "pastel": ("pastel", "chalk pastel", "pastel drawing", "soft pastel drawing", "chalk drawing", "chalk"),
-    "impressionist": ("impressionist painting", "impressionism", "van gogh", "monet", "impressionist", "thick brush strokes"),
+    "impressionist": (
+        "impressionist painting",
+        "impressionism",
+        "van gogh",
+        "monet",
+        "impressionist",
+        "thick brush strokes",
+    ),
 }
 
 BOLD_WORDS = ("bold", "thick lines", "thick", "broad strokes", "strong")
@@ -36,12 +43,24 @@ TONES: dict[str, tuple[str, ...]] = {
     "soft": ("soft", "dreamy", "gentle", "hazy"),
 }
 SCENES = (
-    "a rainy city", "a portrait", "a woman", "a man", "a face", "two people", "a street", "a forest", "the sea", "a dog",
-    "a cat", "mountains", "a quiet room", "flowers", "a car", "a landscape", "a crowd", "a child", "the world", "a house",
-    "a garden", "a river", "a beach", "the sky", "a castle", "a horse", "a bird", "my room", "a person", "people",
+    "a rainy city", "a portrait", "a woman", "a man", "a face", "two people", "a street", "a forest",
+    "the sea", "a dog", "a cat", "mountains", "a quiet room", "flowers", "a car", "a landscape", "a crowd",
+    "a child", "the world", "a house", "a garden", "a river", "a beach", "the sky", "a castle", "a horse",
+    "a bird", "my room", "a person", "people",
 )  # fmt: skip
-FRAMES = ("{style}", "{style}", "a {style}", "{style} of {scene}", "a {style} of {scene}", "{scene}, {style}",
-          "{style} style", "in the style of {style}", "make it a {style}", "{style}, masterpiece", "turn this into a {style}")  # fmt: skip
+FRAMES = (
+    "{style}",
+    "{style}",
+    "a {style}",
+    "{style} of {scene}",
+    "a {style} of {scene}",
+    "{scene}, {style}",
+    "{style} style",
+    "in the style of {style}",
+    "make it a {style}",
+    "{style}, masterpiece",
+    "turn this into a {style}",
+)
 
 
 def sentence(style: str, words: list[str], rng: np.random.Generator) -> str:

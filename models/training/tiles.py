@@ -2,8 +2,8 @@
 
     python -m models.training.tiles --photos DIR --clips DIR --work DIR
 
-Writes memory-mapped arrays to the work folder: `{split}_photo.npy` (N, 384, 384, 3) uint8 and, per painter, `{split}_NAME.npy`
-(default strokes) and `{split}_NAME_alt.npy` (bold strokes for even tiles, fine strokes for odd ones).
+Writes memory-mapped arrays to the work folder: `{split}_photo.npy` (N, 384, 384, 3) uint8 and, per painter,
+`{split}_NAME.npy` (default strokes) and `{split}_NAME_alt.npy` (bold strokes for even tiles, fine ones for odd).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-
+from models.training.painters import PAINTERS
 
 TILE = 384  # pixels; a multiple of the 8-pixel grid
 BOLD, FINE = 1.7, 0.6  # stroke thickness of the `_alt` renderings
@@ -33,7 +33,10 @@ def tiles_of(picture: NDArray[np.uint8], short_side: int, most: int) -> list[NDA
     picture = cv2.resize(picture, (max(TILE, round(w * scale)), max(TILE, round(h * scale))), interpolation=shrinks)
     room_y, room_x = picture.shape[0] - TILE, picture.shape[1] - TILE
     steps = np.linspace(0, 1, most) if most > 1 and room_x + room_y > TILE // 3 else [0.5]
-    return [np.ascontiguousarray(picture[(y := int(s * room_y)) : y + TILE, (x := int(s * room_x)) : x + TILE]) for s in steps]
+    return [
+        np.ascontiguousarray(picture[(y := int(s * room_y)) : y + TILE, (x := int(s * room_x)) : x + TILE])
+        for s in steps
+    ]
 
 
 def photo_tiles(photos: Path, split: str) -> list[NDArray[np.uint8]]:
@@ -43,7 +46,9 @@ def photo_tiles(photos: Path, split: str) -> list[NDArray[np.uint8]]:
     for item in sorted(items, key=lambda i: i["name"]):
         if item["split"] == split:
             picture = cv2.cvtColor(cv2.imread(str(photos / item["name"])), cv2.COLOR_BGR2RGB)
-            out += tiles_of(picture, TILE, 1) if split == "val" else tiles_of(picture, TILE, 1) + tiles_of(picture, 560, 2)
+            out += (
+                tiles_of(picture, TILE, 1) if split == "val" else tiles_of(picture, TILE, 1) + tiles_of(picture, 560, 2)
+            )
     return out
 
 
@@ -65,7 +70,7 @@ def clip_tiles(clips: Path) -> list[NDArray[np.uint8]]:
 
 def _render(job: tuple[str, str, str]) -> str:
     """Paint every tile of a split with one painter; both stroke widths."""
-    from models.training.painters import PAINTERS
+
     work, split, name = job
     cv2.setNumThreads(1)
     tiles = np.load(Path(work) / f"{split}_photo.npy", mmap_mode="r")

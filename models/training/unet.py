@@ -63,7 +63,9 @@ def new_unet(latent_channels: int) -> UNet2DConditionModel:
 
 
 def new_scheduler() -> LCMScheduler:
-    return LCMScheduler(prediction_type="v_prediction", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return LCMScheduler(
+        prediction_type="v_prediction", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
 
 
 def new_tokenizer() -> CLIPTokenizer:
@@ -72,7 +74,9 @@ def new_tokenizer() -> CLIPTokenizer:
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = shape.normalizer, shape.pre_tokenizer
     letters = [chr(c) for c in range(33, 127)]
-    trainer = trainers.BpeTrainer(vocab_size=1400, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1400, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+    )
     learner.train_from_iterator(corpus() * 20, trainer)
     learned = json.loads(learner.to_str())["model"]
     vocab = dict(learned["vocab"])
@@ -172,7 +176,9 @@ class Parts:
     scheduler: LCMScheduler
 
     def embed(self, captions: list[str]) -> Tensor:
-        ids = self.tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+        ids = self.tokenizer(
+            captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
         return self.text(ids)[0]
 
     def x0(self, z: Tensor, t: Tensor, source: Tensor, words: Tensor) -> Tensor:
@@ -186,7 +192,9 @@ class Parts:
         return level.sqrt(), (1 - level).sqrt()
 
 
-def batch_loss(parts: Parts, sets: dict[str, NDArray[np.uint8]], rng: np.random.Generator, batch: int, crop: int) -> Tensor:
+def batch_loss(
+    parts: Parts, sets: dict[str, NDArray[np.uint8]], rng: np.random.Generator, batch: int, crop: int
+) -> Tensor:
     """The loss of one random batch."""
     tiles = rng.integers(len(sets["photo"]), size=batch)
     corners = 8 * rng.integers(0, (sets["photo"].shape[1] - crop) // 8 + 1, size=(batch, 2))
@@ -215,8 +223,8 @@ def batch_loss(parts: Parts, sets: dict[str, NDArray[np.uint8]], rng: np.random.
         start = torch.where(kind == 2, z_target, z_source)
         z = torch.where(kind == 0, noise, signal * start + sigma * noise)
         first, second = (parts.embed([r.captions[i] for r in requests]) for i in (0, 1))
-        words = torch.lerp(first, second, torch.tensor([r.weight if r.captions[0] != r.captions[1] else 0.0 for r in requests])
-                           .view(-1, 1, 1).to(first.dtype))  # fmt: skip
+        share = torch.tensor([r.weight if r.captions[0] != r.captions[1] else 0.0 for r in requests])
+        words = torch.lerp(first, second, share.view(-1, 1, 1).to(first.dtype))
         x0 = parts.x0(z, t, z_source, words)
         picture = parts.vae.decode(x0).sample.float()
     fine = (texture(picture) - texture(target)).abs().mean()
@@ -225,7 +233,7 @@ def batch_loss(parts: Parts, sets: dict[str, NDArray[np.uint8]], rng: np.random.
 
 @torch.no_grad()
 def evaluate(parts: Parts, sets: dict[str, NDArray[np.uint8]], most: int = 29) -> dict[str, tuple[float, float, float]]:
-    """Held-out dB per style: one step against the painting in the seed's pigment, against the plain one, and the ceiling.
+    """Held-out dB per style: one step against the painting in its seed's pigment, against the plain one, the ceiling.
 
     The ceiling is the autoencoder's own reconstruction of the plain painting.
     """
@@ -234,12 +242,16 @@ def evaluate(parts: Parts, sets: dict[str, NDArray[np.uint8]], most: int = 29) -
         rows = []
         for i in range(0, min(most, len(sets["photo"])), 4):
             source, plain = to_tensor(sets["photo"][i : i + 4]), to_tensor(sets[style][i : i + 4])
-            noise = torch.randn(1, parts.vae.config["latent_channels"], *(s // 8 for s in source.shape[2:])).expand(len(source), -1, -1, -1)
+            noise = torch.randn(1, parts.vae.config["latent_channels"], *(s // 8 for s in source.shape[2:])).expand(
+                len(source), -1, -1, -1
+            )
             tinted = plain if style == "photo" else (((plain + 1) / 2 * pigment(noise)).clamp(0, 1)) * 2 - 1
             with torch.autocast("cpu", torch.bfloat16):
                 words = parts.embed([NAMES[style][0]]).expand(len(source), -1, -1)
                 t = torch.full((len(source),), 999)
-                picture = parts.vae.decode(parts.x0(noise, t, parts.vae.encode(source).latents.float(), words)).sample.float()
+                picture = parts.vae.decode(
+                    parts.x0(noise, t, parts.vae.encode(source).latents.float(), words)
+                ).sample.float()
                 again = parts.vae(plain).float()
             rows.append(torch.stack([psnr(picture, tinted), psnr(picture, plain), psnr(again, plain)], 1))
         scores[style] = tuple(torch.cat(rows).mean(0).tolist())
@@ -273,7 +285,10 @@ def save(parts: Parts, folder: Path) -> None:
         "scheduler": ["diffusers", "LCMScheduler"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    words = {"styles": {k: list(v) for k, v in NAMES.items()}, "words": sorted({w for p in corpus() for w in p.split() if w.isalpha()})}
+    words = {
+        "styles": {k: list(v) for k, v in NAMES.items()},
+        "words": sorted({w for p in corpus() for w in p.split() if w.isalpha()}),
+    }
     (folder / "styles.json").write_text(json.dumps(words, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -289,12 +304,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(int(time.time()))
     rng = np.random.default_rng(int(time.time()))
-    vae = PatchAutoencoder.from_pretrained(args.work / "vae").requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    vae = (
+        PatchAutoencoder.from_pretrained(args.work / "vae")
+        .requires_grad_(False)
+        .eval()
+        .to(memory_format=torch.channels_last)
+    )
     tokenizer = new_tokenizer()
     unet = new_unet(vae.config["latent_channels"]).to(memory_format=torch.channels_last)
     parts = Parts(vae, unet, new_text_encoder(tokenizer), tokenizer, new_scheduler())
     learned = nn.ModuleDict({"unet": unet, "text": parts.text})
-    print({k: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M" for k, m in learned.items()}, len(tokenizer), "tokens", flush=True)
+    print(
+        {k: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M" for k, m in learned.items()},
+        len(tokenizer),
+        "tokens",
+        flush=True,
+    )
     checkpoint = args.work / "unet.pt"
     if checkpoint.exists():
         learned.load_state_dict(torch.load(checkpoint))
@@ -305,7 +330,9 @@ def main() -> None:
     step, running = 0, 0.0
     while args.minutes and (progress := (time.monotonic() - start) / (60 * args.minutes)) < 1:
         for group in optimiser.param_groups:
-            group["lr"] = args.lr_end + (args.lr - args.lr_end) * min(1, (step + 1) / 300) * (0.5 + 0.5 * math.cos(math.pi * progress))
+            group["lr"] = args.lr_end + (args.lr - args.lr_end) * min(1, (step + 1) / 300) * (
+                0.5 + 0.5 * math.cos(math.pi * progress)
+            )
         loss = batch_loss(parts, sets, rng, args.batch, args.crop)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
