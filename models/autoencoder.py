@@ -37,17 +37,18 @@ class Residual(nn.Module):
         self.outer = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.outer(torch.relu(self.inner(torch.relu(x))))
+        change: Tensor = self.outer(torch.relu(self.inner(torch.relu(x))))
+        return x + change
 
 
-class PatchAutoencoder(ModelMixin, ConfigMixin):
+class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own models are declared so
     """An 8×-down autoencoder that never computes at full resolution.
 
     Space-to-depth by 4 replaces the expensive first and last stages of TAESD, so that a 512×288 frame costs a
     two-core CPU a few milliseconds. Pictures are (B, 3, H, W) in [-1, 1], H and W multiples of 8.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         latent_channels: int = 12,
@@ -59,7 +60,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         shift_factor: float = 0.0,
         block_out_channels: tuple[int, ...] = (1, 1, 1, 1),  # diffusers derives the factor of 8 from its length
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         quarter, eighth = quarter_channels, eighth_channels
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4),
@@ -91,4 +92,5 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         return Decoded(sample) if return_dict else (sample,)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.encoder(x))
+        again: Tensor = self.decoder(self.encoder(x))
+        return again

@@ -66,7 +66,7 @@ def load(
         style_words=frozenset(folder.style_words()),
     )
     packages = ("torch", "diffusers", "transformers", "openvino", "av", "numpy")
-    info = {
+    info: dict[str, object] = {
         "model": model,
         "engine": backend.name,
         "device": backend.device,

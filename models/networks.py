@@ -16,8 +16,6 @@ from accel.engine import EngineSpec, TensorSpec
 from accel.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import LCMScheduler
-
     from models.text import TextEncoder
 
 GRAPHS = 1  # raise it when a graph below changes: part of every engine's fingerprint
@@ -104,9 +102,9 @@ class Folder:
         if kind == "PatchAutoencoder":
             from models.autoencoder import PatchAutoencoder as Autoencoder
         elif kind == "AutoencoderTiny":
-            from diffusers import AutoencoderTiny as Autoencoder  # type: ignore[assignment]
+            from diffusers import AutoencoderTiny as Autoencoder
         elif kind == "AutoencoderKL":
-            from diffusers import AutoencoderKL as Autoencoder  # type: ignore[assignment]
+            from diffusers import AutoencoderKL as Autoencoder
         else:
             raise UserError(
                 f"unknown autoencoder class: {kind}", hint="AutoencoderTiny, AutoencoderKL or PatchAutoencoder"
@@ -130,14 +128,15 @@ class Folder:
 
         return TextEncoder(CLIPTokenizer.from_pretrained(self.path / "tokenizer"), self.text_model())
 
-    def scheduler(self) -> LCMScheduler:
-        """The consistency tables, built from whatever scheduler the folder was saved with."""
+    def scheduler(self) -> Any:
+        """The consistency tables (an `LCMScheduler`), built from whatever scheduler the folder was saved with."""
         from diffusers import LCMScheduler
 
         keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_scaling",
                 "original_inference_steps", "set_alpha_to_one", "trained_betas", "rescale_betas_zero_snr")  # fmt: skip
         config = self.config("scheduler")
-        return LCMScheduler(**{k: config[k] for k in keys if k in config})
+        make: Any = LCMScheduler
+        return make(**{k: config[k] for k in keys if k in config})
 
     def style_words(self) -> set[str]:
         """The words that a small-vocabulary model knows, from its styles.json; empty where it has none."""

@@ -6,10 +6,9 @@ Latent consistency models, Luo et al. 2023 (arXiv 2310.04378); the tables are th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusers import LCMScheduler
     from torch import Tensor
 
 
@@ -32,8 +31,8 @@ class Schedule:
     prediction: str  # "epsilon" | "v_prediction" | "sample"
 
 
-def consistency_schedule(tables: LCMScheduler, steps: int, strength: float) -> Schedule:
-    """Evenly spaced steps from the noise level of `strength` (0–1) down.
+def consistency_schedule(tables: Any, steps: int, strength: float) -> Schedule:
+    """Evenly spaced steps from the noise level of `strength` (0–1) down; `tables` is an `LCMScheduler`.
 
     A strength too small for so many steps is raised to the least that holds them (steps / original steps).
 

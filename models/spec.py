@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,8 @@ def style_names(folder: Path) -> dict[str, list[str]]:
     return dict(json.loads(path.read_text())["styles"]) if path.is_file() else {}
 
 
-def available() -> list[dict[str, object]]:
-    """A row per model for `livestyle models`: name, about, licence, megabytes, ready, styles (prompts it was made for)."""
+def available() -> list[dict[str, Any]]:
+    """A row per model for `livestyle models`: name, about, licence, megabytes, ready, styles (prompts it knows)."""
     return [
         {
             "name": spec.name,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from models.schedule import Schedule, consistency_schedule
 from models.text import TextEncoder, unknown_words
 
 if TYPE_CHECKING:
-    from diffusers import LCMScheduler
-
     from accel.engine import Engine
 
 
@@ -92,7 +90,7 @@ class Networks:
     unet: Engine
     decode: Engine
     text: TextEncoder
-    tables: LCMScheduler
+    tables: Any  # an `LCMScheduler`
     scaling: float = 1.0  # latents = scaling · (encoder output - shift)
     shift: float = 0.0
     guidance_width: int = 0  # of the UNet's guidance embedding, 0 = it has none

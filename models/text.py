@@ -41,7 +41,7 @@ class TextEncoder:
 
     def is_cut(self, prompt: str) -> bool:
         """Whether the prompt is longer than the model can read."""
-        return len(self._tokenizer(prompt).input_ids) > self._tokenizer.model_max_length
+        return bool(len(self._tokenizer(prompt).input_ids) > self._tokenizer.model_max_length)
 
 
 def unknown_words(prompt: str, words: set[str]) -> list[str]:
