@@ -128,7 +128,7 @@ class Request:
 def ask(rng: np.random.Generator, tile: int) -> Request:
     """Draw styles, adjectives and a sentence for a tile (even tiles have bold strokes rendered, odd ones fine)."""
     a, b = (STYLES[i] for i in rng.integers(len(STYLES), size=2))
-    tones = [str(t) for t in rng.permutation(list(TONES))[: rng.choice([0, 1, 2], p=[0.62, 0.3, 0.08])]]
+    tones = [str(t) for t in rng.permutation(list(TONES))[: rng.choice([0, 1, 2], p=[0.7, 0.24, 0.06])]]
     strokes = rng.random() < 0.25
     words = [str(rng.choice(TONES[t])) for t in tones]
     words += [str(rng.choice(FINE_WORDS if tile % 2 else BOLD_WORDS))] if strokes else []
@@ -206,7 +206,7 @@ def batch_loss(
         [paint(sets, r, int(i), y, x, crop) for r, i, (y, x) in zip(requests, tiles, corners, strict=True)]
     )
     noise = torch.randn(batch, parts.vae.config["latent_channels"], crop // 8, crop // 8)
-    kind = torch.from_numpy(rng.choice(3, size=batch, p=[0.5, 0.25, 0.25])).view(-1, 1, 1, 1)
+    kind = torch.from_numpy(rng.choice(3, size=batch, p=[0.6, 0.2, 0.2])).view(-1, 1, 1, 1)
     t = torch.from_numpy(20 * rng.integers(1, np.where(kind.flatten() == 2, 40, 51)) - 1)  # a later step is below 800
     t[kind.flatten() == 0] = 999
     done = (t.view(-1, 1, 1, 1) + 1) / 1000
