@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 DEMO_FILE = "livestyle-demo.mp4"
-DEMO_FRAMES = 300
+DEMO_FRAMES = 420
 DEMO_PROMPTS = ("oil painting", "watercolour", "ukiyo-e", "pencil drawing", "neon", "stained glass", "comic book")
 
 CommandError: Any = typer.BadParameter.__mro__[2]  # ClickException: newer typers carry their own click

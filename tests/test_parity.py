@@ -17,8 +17,10 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from models.autoencoder import PatchAutoencoder
 from models.load import load
 from models.params import Params, Style
+from models.spec import MODELS
 from models.stylizer import LatentStylizer
 from tests.folders import random_folder
 
@@ -43,8 +45,10 @@ def ours(folder: Path) -> LatentStylizer:
 
 
 def parts(folder: Path) -> dict[str, Any]:
+    """What diffusers' pipelines are built from."""
+    autoencoder = PatchAutoencoder if folder == MODELS["mini"].folder else AutoencoderTiny
     return {
-        "vae": AutoencoderTiny.from_pretrained(folder / "vae"),
+        "vae": autoencoder.from_pretrained(folder / "vae"),
         "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
         "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder"),
         "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
@@ -123,3 +127,12 @@ def test_the_comparison_would_notice(ours: LatentStylizer) -> None:
     assert base.std() > 0.02
     assert (stylized(ours, Style(prompt=PROMPT, seed=6)) - base).abs().max() > 20 * TOLERANCE
     assert (stylized(ours, Style(prompt="ink", seed=5)) - base).abs().max() > TOLERANCE
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_mini_runs_in_diffusers_own_pipeline_and_is_the_same_there(steps: int) -> None:
+    folder = MODELS["mini"].folder
+    pipeline = StableDiffusionInstructPix2PixPipeline(**parts(folder)).to(torch.float32)
+    theirs = run(pipeline, num_inference_steps=steps, guidance_scale=1.0)
+    style = Style(prompt=PROMPT, steps=steps, seed=5)
+    assert (stylized(load("mini", SIZE, engine="torch"), style) - theirs).abs().max() <= TOLERANCE
