@@ -52,10 +52,10 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
     def __init__(
         self,
         latent_channels: int = 12,
-        quarter_channels: int = 64,
-        eighth_channels: int = 128,
+        quarter_channels: int = 48,
+        eighth_channels: int = 96,
         encoder_blocks: tuple[int, int] = (0, 1),
-        decoder_blocks: tuple[int, int] = (2, 1),
+        decoder_blocks: tuple[int, int] = (1, 1),
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
         block_out_channels: tuple[int, ...] = (1, 1, 1, 1),  # diffusers derives the factor of 8 from its length

@@ -38,9 +38,16 @@ def quiet_libraries() -> None:
 
 
 def load(
-    model: str, size: tuple[int, int], engine: str = "auto", log: Callable[[str], None] = lambda line: None
+    model: str,
+    size: tuple[int, int],
+    engine: str = "auto",
+    log: Callable[[str], None] = lambda line: None,
+    *,
+    as_bytes: bool = True,
 ) -> LatentStylizer:
     """Compile a model for pictures of (width, height), or take its engines from the cache.
+
+    `as_bytes=False` is for comparisons: `stylize` then takes and gives floats, and `step` cannot be used.
 
     >>> stylizer = load("mini", (512, 288), engine="openvino", log=print)
     """
@@ -52,7 +59,8 @@ def load(
     choice = choose(engine)
     log(choice.reason)
     backend, cache = choice.backend, default_root()
-    engines = {name: backend.load(graph.build, graph.spec, cache) for name, graph in graphs(folder, size).items()}
+    compiled = graphs(folder, size, as_bytes=as_bytes)
+    engines = {name: backend.load(graph.build, graph.spec, cache) for name, graph in compiled.items()}
     vae = folder.config("vae")
     networks = Networks(
         encode=engines["encode"],

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from accel.engine import EngineSpec, TensorSpec
@@ -18,33 +19,43 @@ from accel.errors import UserError
 if TYPE_CHECKING:
     from models.text import TextEncoder
 
-GRAPHS = 1  # raise it when a graph below changes: part of every engine's fingerprint
+GRAPHS = 2  # raise it when a graph below changes: part of every engine's fingerprint
 
 
 class Encode(nn.Module):
-    """Pictures (1, 3, H, W) in [0, 1] → latents (1, C, H/8, W/8), not yet scaled."""
+    """Pictures → latents (1, C, H/8, W/8), not yet scaled.
+
+    Pictures are (1, H, W, 3) uint8, or (1, 3, H, W) floats in [0, 1]: converting in the graph costs an engine next to
+    nothing, in torch a millisecond and threads that then spin against the engine's.
+    """
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, picture: Tensor) -> Tensor:
+        if picture.dtype == torch.uint8:
+            picture = picture.permute(0, 3, 1, 2).to(next(self.vae.parameters()).dtype) / 255
         encoded: Any = self.vae.encode(picture * 2 - 1)  # type: ignore[operator]
         latents: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return latents
 
 
 class Decode(nn.Module):
-    """Latents (1, C, H/8, W/8), already unscaled → pictures (1, 3, H, W) in [0, 1]."""
+    """Latents (1, C, H/8, W/8), already unscaled → pictures, as bytes or floats like those of `Encode`."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: nn.Module, *, as_bytes: bool) -> None:
         super().__init__()
         self.vae = vae
+        self.as_bytes = as_bytes
 
     def forward(self, latents: Tensor) -> Tensor:
         decoded: Any = self.vae.decode(latents, return_dict=False)  # type: ignore[operator]
         picture: Tensor = decoded[0]
-        return (picture / 2 + 0.5).clamp(0, 1)
+        picture = (picture / 2 + 0.5).clamp(0, 1)
+        if self.as_bytes:  # rounding, not adding a half: in bf16 that would be lost or doubled
+            return (picture * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+        return picture
 
 
 class Denoise(nn.Module):
@@ -144,8 +155,6 @@ class Folder:
         return set(json.loads(path.read_text())["words"]) if path.is_file() else set()
 
     def _read(self, kind: Any, part: str) -> nn.Module:
-        import torch
-
         try:
             module: nn.Module = kind.from_pretrained(self.path / part, torch_dtype=torch.float32)
         except (OSError, ValueError, RuntimeError) as error:
@@ -164,12 +173,17 @@ class Graph:
     spec: EngineSpec
 
 
-def graphs(folder: Folder, size: tuple[int, int]) -> dict[str, Graph]:
-    """The three networks of a frame for pictures of (width, height), both multiples of 8."""
+def graphs(folder: Folder, size: tuple[int, int], *, as_bytes: bool = True) -> dict[str, Graph]:
+    """The three networks of a frame for pictures of (width, height), both multiples of 8.
+
+    Pictures go in and out as bytes, or, to be compared with something else, as floats.
+    """
     width, height = size
     vae, unet, text = folder.config("vae"), folder.config("unet"), folder.config("text_encoder")
     latent = (1, int(vae["latent_channels"]), height // 8, width // 8)
     picture = TensorSpec("picture", (1, 3, height, width))
+    if as_bytes:
+        picture = TensorSpec("picture", (1, height, width, 3), "uint8")
     vae_print, unet_print = folder.fingerprint("vae"), folder.fingerprint("unet")
     inputs = [
         TensorSpec("z", (1, int(unet["in_channels"]), *latent[2:])),
@@ -187,6 +201,7 @@ def graphs(folder: Folder, size: tuple[int, int]) -> dict[str, Graph]:
             EngineSpec("unet", tuple(inputs), (TensorSpec("output", latent),), unet_print),
         ),
         "decode": Graph(
-            lambda: Decode(folder.vae()), EngineSpec("decode", (TensorSpec("latents", latent),), (picture,), vae_print)
+            lambda: Decode(folder.vae(), as_bytes=as_bytes),
+            EngineSpec("decode", (TensorSpec("latents", latent),), (picture,), vae_print),
         ),
     }

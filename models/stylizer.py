@@ -135,8 +135,8 @@ class LatentStylizer:
     def __init__(self, networks: Networks, info: dict[str, object] | None = None) -> None:
         self.networks = networks
         self.info = info or {}
-        _, _, height, width = networks.encode.spec.inputs[0].shape
-        self.size = (width, height)
+        _, _, rows, columns = networks.latent_shape
+        self.size = (8 * columns, 8 * rows)
 
     def open(self, params: Params) -> State:
         """Fresh memory for one stream, with its prompt already encoded."""
@@ -150,15 +150,13 @@ class LatentStylizer:
             raise ValueError(f"picture of shape {image.shape}, model of size {self.size}")
         stages = Stages()
         with torch.inference_mode():
-            with stages("pixels"):
-                picture = torch.from_numpy(image).permute(2, 0, 1)[None].float().div_(255)
-            result = self.stylize(state, picture, params, stages)
-            with stages("pixels"):
-                pixels = result[0].mul(255).add_(0.5).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+            result = self.stylize(state, torch.from_numpy(image)[None], params, stages)
+            with stages("pixels"):  # out of the engine's memory, and off the device
+                pixels = result[0].cpu().numpy().copy()
         return Finished(pixels, stages.ms)
 
     def stylize(self, state: State, picture: Tensor, params: Params, stages: Stages | None = None) -> Tensor:
-        """The same in floats: (1, 3, H, W) in [0, 1] → (1, 3, H, W) in [0, 1]."""
+        """The same from tensor to tensor, whichever kind of picture the networks take; see `networks.Encode`."""
         stages = stages or Stages()
         net = self.networks
         with stages("schedule"):

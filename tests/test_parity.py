@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, prediction: str, kind: str)
 
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> LatentStylizer:
-    return load(str(folder), SIZE, engine="torch")
+    return load(str(folder), SIZE, engine="torch", as_bytes=False)
 
 
 def parts(folder: Path) -> dict[str, Any]:
@@ -135,4 +135,4 @@ def test_mini_runs_in_diffusers_own_pipeline_and_is_the_same_there(steps: int) -
     pipeline = StableDiffusionInstructPix2PixPipeline(**parts(folder)).to(torch.float32)
     theirs = run(pipeline, num_inference_steps=steps, guidance_scale=1.0)
     style = Style(prompt=PROMPT, steps=steps, seed=5)
-    assert (stylized(load("mini", SIZE, engine="torch"), style) - theirs).abs().max() <= TOLERANCE
+    assert (stylized(load("mini", SIZE, engine="torch", as_bytes=False), style) - theirs).abs().max() <= TOLERANCE

@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--final", action="store_true", help="normalise the latents and save a diffusers folder")
+    parser.add_argument("--like", type=Path, help="folder of an autoencoder whose latents are to be kept")
     args = parser.parse_args()
     torch.manual_seed(0)
     rng = np.random.default_rng(int(time.time()))
@@ -103,6 +104,7 @@ def main() -> None:
     checkpoint = args.work / "autoencoder.pt"
     if checkpoint.exists():
         model.load_state_dict(torch.load(checkpoint)["average"])
+    teacher = PatchAutoencoder.from_pretrained(args.like).eval().requires_grad_(False) if args.like else None
     average = copy.deepcopy(model)
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     start = saved = time.monotonic()
@@ -114,7 +116,11 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             z = model.encode(target).latents
             output = model.decode(z + LATENT_NOISE * z.detach().std() * torch.randn_like(z)).sample.float()
-        loss = loss_of(output, target)
+            loss = loss_of(output, target)
+            if teacher:
+                with torch.no_grad():
+                    wanted = teacher.encode(target).latents
+                loss = loss + 0.3 * (z.float() - wanted.float()).square().mean((1, 2, 3)).sqrt().mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -132,7 +138,8 @@ def main() -> None:
             saved = time.monotonic()
     torch.save({"average": average.state_dict()}, checkpoint)
     if args.final:
-        normalise_latents(average, sets, rng)
+        if teacher is None:
+            normalise_latents(average, sets, rng)
         average.to(memory_format=torch.contiguous_format).save_pretrained(args.work / "vae")
     scores = evaluate(average, tile_sets(args.work, "val"))
     print({k: round(v, 2) for k, v in scores.items()}, flush=True)
