@@ -52,8 +52,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
     def __init__(
         self,
         latent_channels: int = 12,
-        quarter_channels: int = 48,
-        eighth_channels: int = 96,
+        quarter_channels: int = 32,
+        eighth_channels: int = 64,
         encoder_blocks: tuple[int, int] = (0, 1),
         decoder_blocks: tuple[int, int] = (1, 1),
         scaling_factor: float = 1.0,

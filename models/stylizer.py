@@ -19,7 +19,7 @@ from models.schedule import Schedule, consistency_schedule
 from models.text import TextEncoder, unknown_words
 
 if TYPE_CHECKING:
-    from accel.engine import Engine
+    from accel.engine import Engine, Pending
 
 
 class Launched(Protocol):
@@ -65,21 +65,44 @@ class State:
     noises: tuple[Tensor, ...] = ()  # the start's and those between steps
 
 
-@dataclass(slots=True)
-class Finished:
-    """A `Launched` that was computed at once."""
+class Stages:
+    """Adds up the time of named stages of one frame, ms."""
 
-    picture: NDArray[np.uint8]
-    stages_ms: dict[str, float]
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.ms[name] = self.ms.get(name, 0.0) + (time.perf_counter() - started) * 1e3
+
+
+class Decoding:
+    """A `Launched` whose last network is still running. Its stream's next step must come after `wait`."""
+
+    def __init__(self, pending: Pending, stages: Stages) -> None:
+        self.stages_ms = stages.ms
+        self._pending = pending
+        self._stages = stages
+        self._pixels: NDArray[np.uint8] | None = None
 
     def done(self) -> bool:
-        return True
+        return self._pixels is not None or self._pending.done()
 
     def wait(self) -> None:
-        return None
+        if self._pixels is None:
+            with self._stages("decode"):
+                (picture,) = self._pending.wait()
+            with self._stages("pixels"):  # out of the engine's memory, and off the device
+                self._pixels = picture[0].cpu().numpy().copy()
 
     def image(self) -> NDArray[np.uint8]:
-        return self.picture
+        self.wait()
+        assert self._pixels is not None
+        return self._pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +129,6 @@ class Networks:
         return self.unet.spec.inputs[0].shape[1] == 2 * self.latent_shape[1]
 
 
-class Stages:
-    """Adds up the time of named stages of one frame, ms."""
-
-    def __init__(self) -> None:
-        self.ms: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.ms[name] = self.ms.get(name, 0.0) + (time.perf_counter() - started) * 1e3
-
-
 class LatentStylizer:
     """A Stable-Diffusion-family model as a `Stylizer`.
 
@@ -145,19 +153,25 @@ class LatentStylizer:
         return state
 
     def step(self, state: State, image: NDArray[np.uint8], params: Params) -> Launched:
-        """Stylize one (H, W, 3) picture of this model's size. Raises ValueError for another size."""
+        """Stylize one (H, W, 3) picture of this model's size, the last network still running on return.
+
+        Raises ValueError for another size.
+        """
         if image.shape != (self.size[1], self.size[0], 3):
             raise ValueError(f"picture of shape {image.shape}, model of size {self.size}")
         stages = Stages()
         with torch.inference_mode():
-            result = self.stylize(state, torch.from_numpy(image)[None], params, stages)
-            with stages("pixels"):  # out of the engine's memory, and off the device
-                pixels = result[0].cpu().numpy().copy()
-        return Finished(pixels, stages.ms)
+            latents = self._latents(state, torch.from_numpy(image)[None], params, stages)
+            with stages("decode"):
+                pending = self.networks.decode.launch(latents)
+        return Decoding(pending, stages)
 
-    def stylize(self, state: State, picture: Tensor, params: Params, stages: Stages | None = None) -> Tensor:
+    def stylize(self, state: State, picture: Tensor, params: Params) -> Tensor:
         """The same from tensor to tensor, whichever kind of picture the networks take; see `networks.Encode`."""
-        stages = stages or Stages()
+        return self.networks.decode(self._latents(state, picture, params, Stages()))[0]
+
+    def _latents(self, state: State, picture: Tensor, params: Params, stages: Stages) -> Tensor:
+        """Everything before the decoder: a picture → the latents of its painting, (1, C, H/8, W/8)."""
         net = self.networks
         with stages("schedule"):
             prepared = self._follow(state, params.style)
@@ -186,9 +200,7 @@ class LatentStylizer:
             z = denoise(network, z, schedule, cond, state.noises[1:])
             latents = z / net.scaling + net.shift
         stages.ms["schedule"] -= stages.ms["unet"] - unet_before  # timed around the network's own time
-        with stages("decode"):
-            (result,) = net.decode(latents)
-        return result
+        return latents
 
     def advice(self, params: Params) -> str:
         """One line on words the model does not know or cannot reach, or ""."""

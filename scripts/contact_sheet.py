@@ -19,8 +19,8 @@ from models.load import load
 from models.params import Params, Style
 from models.spec import MODELS
 
-TILE = (288, 216)  # width, height in the sheet
-SCALE = 1.5  # pictures are stylized this much larger than they are shown
+TILE = (240, 160)  # width, height in the sheet
+SCALE = 1.6  # pictures are stylized this much larger than they are shown
 
 
 def shipped() -> list[NDArray[np.uint8]]:

@@ -20,7 +20,9 @@ class Mailbox(Generic[T]):
     """A bounded, thread-safe queue with one of two policies for a full box.
 
     Live (the default): the newest item wins and the oldest is dropped and counted. Lossless: `put` blocks until there
-    is room. `notify` is called without the lock after every change, `on_drop` with the number of items dropped.
+    is room. `held`: an item that was taken keeps its place until `release`, so that a producer which waits for room
+    makes the next one when it is about to be wanted, and it does not grow old here. `notify` is called without the lock
+    after every change, `on_drop` with the number of items dropped.
 
     >>> box = Mailbox[int](); box.put(1), box.put(2), box.get(), box.dropped
     (True, True, 2, 1)
@@ -31,6 +33,7 @@ class Mailbox(Generic[T]):
         capacity: int = 1,
         *,
         lossless: bool = False,
+        held: bool = False,
         notify: Callable[[], None] | None = None,
         on_drop: Callable[[int], None] | None = None,
     ) -> None:
@@ -38,10 +41,12 @@ class Mailbox(Generic[T]):
             raise ValueError("a mailbox needs room for one item")
         self.capacity = capacity
         self.lossless = lossless
+        self.held = held
         self.dropped = 0
         self._notify = notify
         self._on_drop = on_drop
         self._items: deque[T] = deque()
+        self._out = 0  # taken and not released
         self._closed = False
         self._changed = threading.Condition()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
@@ -119,10 +124,17 @@ class Mailbox(Generic[T]):
         return item
 
     def __iter__(self) -> Iterator[T]:
-        """Every item until the mailbox is drained."""
+        """Every item until the mailbox is drained; asking for the next releases the one before."""
         with suppress(MailboxClosed):
             while True:
                 yield self.get()
+                self.release()
+
+    def release(self) -> None:
+        """Give back the places of what was taken from a `held` mailbox; of no effect on any other."""
+        with self._changed:
+            self._out = 0
+            self._changed.notify_all()
 
     def has_room(self) -> bool:
         """Whether `put` would return at once: always when live or closed."""
@@ -149,10 +161,11 @@ class Mailbox(Generic[T]):
         self._announce()
 
     def _has_room_or_closed(self) -> bool:
-        return self._closed or len(self._items) < self.capacity
+        return self._closed or len(self._items) + self._out < self.capacity
 
     def _take(self) -> T:
         item = self._items.popleft()
+        self._out += self.held
         self._changed.notify_all()
         return item
 

@@ -42,7 +42,7 @@ class Session:
         self.frames = frames
         self.clock = clock
         self.meter = Meter()
-        self.inbox = Mailbox[Frame](1, lossless=not live, notify=notify, on_drop=self.meter.drop)
+        self.inbox = Mailbox[Frame](1, lossless=not live, held=not live, notify=notify, on_drop=self.meter.drop)
         self.outlets = Fanout[Frame](notify)
         self.phase: Phase = "running"
         self.error: Exception | None = None

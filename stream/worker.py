@@ -125,6 +125,7 @@ class Worker(threading.Thread):
         if lane.state is None:
             lane.state = self.stylizer.open(params)
         launched = self.stylizer.step(lane.state, frame.image, params)
+        session.inbox.release()  # the reader fetches the next picture while this one's last network runs
         launched.wait()
         image = launched.image()
         session.meter.key(self.clock())

@@ -62,7 +62,7 @@ def random_folder(path: Path, kind: str, prediction: str = "epsilon") -> Path:
     unet.save_pretrained(path / "unet")
     text.save_pretrained(path / "text_encoder")
     tokens.save_pretrained(path / "tokenizer")
-    LCMScheduler(prediction_type=prediction).save_pretrained(path / "scheduler")
+    LCMScheduler(prediction_type=prediction, steps_offset=1).save_pretrained(path / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "vae": ["diffusers", "AutoencoderTiny"],

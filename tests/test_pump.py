@@ -50,6 +50,7 @@ def test_a_lossless_reader_pulls_no_frame_before_there_is_room() -> None:
     assert count == [0]
     for seq in range(3):
         assert session.inbox.get(PATIENCE).seq == seq
+        session.inbox.release()
     thread.join(PATIENCE)
     assert session.inbox.drained
 

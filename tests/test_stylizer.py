@@ -82,7 +82,9 @@ def test_a_live_change_equals_a_fresh_start(stylizer: LatentStylizer, change: di
 
 
 def test_stages_account_for_the_frame(stylizer: LatentStylizer) -> None:
-    stages = stylizer.step(stylizer.open(params()), picture(0), params()).stages_ms
+    launched = stylizer.step(stylizer.open(params()), picture(0), params())
+    launched.wait()
+    stages = launched.stages_ms
     assert set(stages) == {"pixels", "schedule", "encode", "unet", "decode"}
     assert all(ms >= 0 for ms in stages.values())
 

@@ -300,7 +300,10 @@ def main() -> None:
     parser.add_argument("--lr-end", type=float, default=1e-5)
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--save", type=Path)
+    parser.add_argument("--save", type=Path, help="write a diffusers folder when done")
+    parser.add_argument(
+        "--start", type=Path, help="folder of an earlier model to go on from, where there is no checkpoint"
+    )
     args = parser.parse_args()
     torch.manual_seed(int(time.time()))
     rng = np.random.default_rng(int(time.time()))
@@ -323,6 +326,9 @@ def main() -> None:
     checkpoint = args.work / "unet.pt"
     if checkpoint.exists():
         learned.load_state_dict(torch.load(checkpoint))
+    elif args.start:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start / "unet").float().state_dict())
+        parts.text.load_state_dict(CLIPTextModel.from_pretrained(args.start / "text_encoder").float().state_dict())
     average = copy.deepcopy(learned)
     optimiser = torch.optim.AdamW(learned.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
     sets = tile_sets(args.work, "train")
