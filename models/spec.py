@@ -26,7 +26,7 @@ MODELS: dict[str, ModelSpec] = {
         ModelSpec(
             name="mini",
             folder=Path(__file__).parent / "mini",
-            about="the embedded default: fourteen painted styles, one step, real time on two CPU cores",
+            about="the embedded default: thirteen painted styles, one step, real time on two CPU cores",
             licence="Apache-2.0",
             megabytes=13.4,
         ),
