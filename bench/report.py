@@ -9,6 +9,7 @@ and a section is one of these, each with a "title" and, where wanted, a "note":
     {"kind": "table", "columns": [str, …], "rows": [[str | number | None, …], …]}
     {"kind": "bars", "unit": str, "groups": [{"label", "bars": [{"label", "value", "high"?}, …]}, …]}
     {"kind": "lines", "x": str, "y": str, "series": [{"label", "x": [number, …], "y": [number, …]}, …]}
+    {"kind": "pictures", "rows": [{"label": str, "image": base64 of a JPEG}, …]}
     {"kind": "histogram", "unit": str, "series": [{"label", "values": [number, …]}, …], "bins"?: int}
 
 One label has one colour throughout the page. Other keys of the report are left alone.
@@ -35,7 +36,7 @@ def html(report: dict[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader
 
     colours = _colours(report["sections"])
-    draw = {"table": _table, "bars": _bars, "lines": _lines, "histogram": _histogram}
+    draw = {"table": _table, "pictures": _table, "bars": _bars, "lines": _lines, "histogram": _histogram}
     sections = []
     for section in report["sections"]:
         if section["kind"] not in draw:

@@ -23,6 +23,13 @@ class Conditioning:
     guidance: float = 1.0  # classifier-free, ≤ 1 = off
     image_guidance: float = 1.0  # InstructPix2Pix's second scale
 
+    @property
+    def passes(self) -> int:
+        """How often `guided` runs the network per step."""
+        if self.guidance <= 1:
+            return 1
+        return 2 if self.source is None or self.image_guidance == 1 else 3
+
 
 def start(source: Tensor, noise: Tensor, step: Step, *, pure: bool) -> Tensor:
     """The first noisy latent: noise alone, or the source latent at the first step's level."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from accel.errors import UserError
 from models.networks import Folder, Graph, graphs
+from models.rolling import Window
 from models.spec import MODELS
 from models.stylizer import LatentStylizer, Networks
 
@@ -27,6 +28,20 @@ def compiled_graphs(model: str, size: tuple[int, int]) -> dict[str, Graph]:
     return graphs(folder_of(model), size)
 
 
+def window_of(folder: Folder, length: int) -> Window | None:
+    """The rolling window of so many frames, None for 0; UserError where the model cannot have it."""
+    if not length:
+        return None
+    if not folder.has_adapter:
+        raise UserError(
+            f"{folder.path.name} has no motion adapter, so no window of frames",
+            hint="temporal.window=0, or put a MotionAdapter made for this model into its folder as motion_adapter/",
+        )
+    if length == 1:
+        raise UserError("a window of one frame shows nothing of the past", hint="temporal.window=0, or 2 and more")
+    return Window.of(length)
+
+
 def quiet_libraries() -> None:
     """Keep the loaders' progress bars and notes off the terminal; errors still come as exceptions."""
     import diffusers
@@ -44,10 +59,13 @@ def load(
     log: Callable[[str], None] = lambda line: None,
     *,
     as_bytes: bool = True,
+    window: int = 0,
 ) -> LatentStylizer:
     """Compile a model for pictures of (width, height), or take its engines from the cache.
 
-    `as_bytes=False` is for comparisons: `stylize` then takes and gives floats, and `step` cannot be used.
+    `as_bytes=False` is for comparisons: `stylize` then takes and gives floats, and `step` cannot be used. A `window`
+    of so many frames, 0 = off, is what each frame sees of the video through the model's motion adapter; UserError
+    where there is none or the window does not fit it.
 
     >>> stylizer = load("mini", (512, 288), engine="openvino", log=print)
     """
@@ -56,10 +74,11 @@ def load(
 
     quiet_libraries()
     folder = folder_of(model)
+    seen = window_of(folder, window)
     choice = choose(engine)
     log(choice.reason)
     backend, cache = choice.backend, default_root()
-    compiled = graphs(folder, size, as_bytes=as_bytes)
+    compiled = graphs(folder, size, as_bytes=as_bytes, window=seen)
     engines = {name: backend.load(graph.build, graph.spec, cache) for name, graph in compiled.items()}
     vae = folder.config("vae")
     networks = Networks(
@@ -72,6 +91,7 @@ def load(
         shift=float(vae.get("shift_factor") or 0.0),
         guidance_width=int(folder.config("unet").get("time_cond_proj_dim") or 0),
         style_words=frozenset(folder.style_words()),
+        window=seen,
     )
     packages = ("torch", "diffusers", "transformers", "openvino", "av", "numpy")
     info: dict[str, object] = {

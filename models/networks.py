@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from accel.engine import EngineSpec, TensorSpec
 from accel.errors import UserError
+from models.motion import MotionUNet, motion_modules, motion_specs
 
 if TYPE_CHECKING:
+    from models.rolling import Window
     from models.text import TextEncoder
 
 GRAPHS = 2  # raise it when a graph below changes: part of every engine's fingerprint
@@ -127,6 +129,37 @@ class Folder:
 
         return self._read(UNet2DConditionModel, "unet")
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is a `motion_adapter/`, in the format of diffusers' `MotionAdapter`."""
+        return (self.path / "motion_adapter").is_dir()
+
+    def motion_modules(self) -> tuple[str, ...] | None:
+        """The modules of the adapter, or blocks of them, that are used: "only" in its configuration, None = all.
+
+        The key is ours, diffusers passes over it. Weights of other modules may be missing.
+        """
+        named = self.config("motion_adapter").get("only")
+        return None if named is None else tuple(named)
+
+    def adapter(self) -> Any:
+        """The motion adapter, float32; its unused modules may be left on the meta device."""
+        from diffusers import MotionAdapter
+
+        adapter = self._read(MotionAdapter, "motion_adapter")
+        used = tuple(f"{path}." for path, _ in motion_modules(adapter, self.motion_modules()))
+        if missing := [name for name, t in adapter.state_dict().items() if t.is_meta and name.startswith(used)]:
+            raise UserError(f"model folder {self.path}: motion_adapter has no {missing[0]}", hint="fetch it again")
+        return adapter
+
+    def bare_adapter(self) -> Any:
+        """The adapter without weights, for its shapes."""
+        from diffusers import MotionAdapter
+
+        make: Any = MotionAdapter.from_config
+        with torch.device("meta"):
+            return make({k: v for k, v in self.config("motion_adapter").items() if k != "only"})
+
     def text_model(self) -> nn.Module:
         from transformers import CLIPTextModel
 
@@ -173,10 +206,13 @@ class Graph:
     spec: EngineSpec
 
 
-def graphs(folder: Folder, size: tuple[int, int], *, as_bytes: bool = True) -> dict[str, Graph]:
+def graphs(
+    folder: Folder, size: tuple[int, int], *, as_bytes: bool = True, window: Window | None = None
+) -> dict[str, Graph]:
     """The three networks of a frame for pictures of (width, height), both multiples of 8.
 
-    Pictures go in and out as bytes, or, to be compared with something else, as floats.
+    Pictures go in and out as bytes, or, to be compared with something else, as floats. With a window the UNet is a
+    `MotionUNet` of the folder's motion adapter, and takes and gives what `motion_specs` names besides.
     """
     width, height = size
     vae, unet, text = folder.config("vae"), folder.config("unet"), folder.config("text_encoder")
@@ -192,13 +228,19 @@ def graphs(folder: Folder, size: tuple[int, int], *, as_bytes: bool = True) -> d
     ]
     if unet.get("time_cond_proj_dim"):
         inputs.append(TensorSpec("guidance", (1, int(unet["time_cond_proj_dim"]))))
+    outputs, only = [TensorSpec("output", latent)], folder.motion_modules() if window else None
+    if window:
+        motion_in, motion_out = motion_specs(folder.bare_adapter(), latent[2:], window, only=only)
+        inputs += motion_in
+        outputs += motion_out
+        unet_print += folder.fingerprint("motion_adapter")
     return {
         "encode": Graph(
             lambda: Encode(folder.vae()), EngineSpec("encode", (picture,), (TensorSpec("latents", latent),), vae_print)
         ),
         "unet": Graph(
-            lambda: Denoise(folder.unet()),
-            EngineSpec("unet", tuple(inputs), (TensorSpec("output", latent),), unet_print),
+            lambda: MotionUNet(folder.unet(), folder.adapter(), only) if window else Denoise(folder.unet()),
+            EngineSpec("unet", tuple(inputs), tuple(outputs), unet_print),
         ),
         "decode": Graph(
             lambda: Decode(folder.vae(), as_bytes=as_bytes),

@@ -28,6 +28,34 @@ class Style(_Section):
     )
 
 
+class Temporal(_Section):
+    """How frames hang together in time."""
+
+    mode: Annotated[
+        Literal["auto", "every-frame", "cadence", "reproject"],
+        Field(description="diffuse every frame, every Nth, or as often as the device can"),
+    ] = "auto"
+    cadence: Annotated[
+        int, Field(ge=0, le=60, description="mode cadence: diffuse every Nth frame; 0 = by its cost")
+    ] = 0
+    latency_ms: Annotated[
+        float, Field(ge=0, le=10_000, description="mode auto: capture → output to stay under, ms; 0 = one frame")
+    ] = 0.0
+    refiner: Annotated[
+        Literal["auto", "off", "analytic", "learned"], Field(description="takes out flicker along the source's motion")
+    ] = "auto"
+    flow: Annotated[Literal["dis", "raft-small", "raft-large"], Field(description="optical flow estimator")] = "dis"
+    window: Annotated[int, Field(ge=0, le=16, description="frames of the rolling AnimateDiff buffer; 0 = off")] = 0
+    motion_scale: Annotated[float, Field(ge=0, le=2, description="how much the rolling buffer counts")] = 1.0
+
+
+class Debug(_Section):
+    """For tests and demonstrations."""
+
+    style_delay_ms: Annotated[float, Field(ge=0, le=60_000, description="slows every diffused picture, ms")] = 0.0
+    flicker: Annotated[float, Field(ge=0, le=1, description="adds fresh noise to every diffused picture")] = 0.0
+
+
 class SinkSettings(_Section):
     """How results are written."""
 
@@ -52,5 +80,7 @@ class Params(_Section):
     """
 
     style: Style = Style()
+    temporal: Temporal = Temporal()
     frame: FrameSettings = FrameSettings()
+    debug: Debug = Debug()
     sink: SinkSettings = SinkSettings()

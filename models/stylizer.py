@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,11 +16,15 @@ from torch import Tensor
 
 from models.denoise import Conditioning, denoise, start
 from models.params import Params, Style
+from models.rolling import Rolling
 from models.schedule import Schedule, consistency_schedule
 from models.text import TextEncoder, unknown_words
 
 if TYPE_CHECKING:
     from accel.engine import Engine, Pending
+    from models.rolling import Window
+
+SHOT = ("prompt", "negative", "strength", "guidance", "image_guidance", "seed")  # changed, frames before mislead
 
 
 class Launched(Protocol):
@@ -41,6 +46,10 @@ class Stylizer(Protocol):
 
     def open(self, params: Params) -> State: ...
     def step(self, state: State, image: NDArray[np.uint8], params: Params) -> Launched: ...
+    def forget(self, state: State) -> None:
+        """Take the next frame as the first of a shot; the stream's settings and noise stay."""
+        ...
+
     def advice(self, params: Params) -> str:
         """One line on what the model will not understand of these settings, or ""."""
         ...
@@ -63,6 +72,7 @@ class State:
     prepared: Prepared
     generator: torch.Generator = field(default_factory=torch.Generator)
     noises: tuple[Tensor, ...] = ()  # the start's and those between steps
+    rolling: Rolling | None = None  # of a model with a window, from its first frame on; a row per call of the UNet
 
 
 class Stages:
@@ -118,10 +128,16 @@ class Networks:
     shift: float = 0.0
     guidance_width: int = 0  # of the UNet's guidance embedding, 0 = it has none
     style_words: frozenset[str] = frozenset()  # what a small vocabulary knows; empty = anything goes
+    window: Window | None = None  # frames that the UNet sees of a stream, where it is a `MotionUNet`
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return self.encode.spec.outputs[0].shape
+
+    @property
+    def stored(self) -> tuple[tuple[int, int], ...]:
+        """(P, d) of what the UNet gives to be stored per frame; see `motion.cache_shapes`."""
+        return tuple((spec.shape[1], spec.shape[3]) for spec in self.unet.spec.outputs[1:])
 
     @property
     def concatenates(self) -> bool:
@@ -190,10 +206,19 @@ class LatentStylizer:
             pure = net.concatenates and style.strength >= 1
             z = start(net.scaling * (raw - net.shift), state.noises[0], schedule.steps[0], pure=pure)
             extra = (guidance_embedding(style.guidance - 1, net.guidance_width),) if distilled else ()
+            rolling = self._window(state, len(schedule.steps) * cond.passes)
+            scale, calls = params.temporal.motion_scale, count()
 
         def network(z: Tensor, t: float, words: Tensor) -> Tensor:
             with stages("unet"):
-                return net.unet(z.contiguous(), torch.tensor([t]), words, *extra)[0].clone()
+                inputs = z.contiguous(), torch.tensor([t]), words, *extra
+                if rolling is None:
+                    return net.unet(*inputs)[0].clone()
+                row = next(calls)
+                one = range(row, row + 1)
+                output, *new = net.unet(*inputs, *rolling.inputs(scale, one))
+                rolling.commit(new, one)
+                return output.clone()
 
         unet_before = stages.ms.get("unet", 0.0)
         with stages("schedule"):
@@ -201,6 +226,11 @@ class LatentStylizer:
             latents = z / net.scaling + net.shift
         stages.ms["schedule"] -= stages.ms["unet"] - unet_before  # timed around the network's own time
         return latents
+
+    def forget(self, state: State) -> None:
+        """Start the stream's window of frames anew; nothing to do without one."""
+        if state.rolling:
+            state.rolling.reset()
 
     def advice(self, params: Params) -> str:
         """One line on words the model does not know or cannot reach, or ""."""
@@ -221,9 +251,18 @@ class LatentStylizer:
         before = state.prepared.style
         if before is not style:
             state.prepared = self._prepare(style, state.prepared)
+            if any(getattr(before, name) != getattr(style, name) for name in SHOT):
+                self.forget(state)
         renew = (before.seed, before.seed_mode, before.steps) != (style.seed, style.seed_mode, style.steps)
         self._draw(state, renew)
         return state.prepared
+
+    def _window(self, state: State, rows: int) -> Rolling | None:
+        """The stream's window of frames for so many calls of the UNet per frame; None where the model has none."""
+        net = self.networks
+        if net.window and (state.rolling is None or len(state.rolling.rows) != rows):
+            state.rolling = Rolling(net.window, net.stored, rows)
+        return state.rolling
 
     def _prepare(self, style: Style, before: Prepared | None) -> Prepared:
         if before and (before.style.steps, before.style.strength) == (style.steps, style.strength):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from accel.errors import UserError
+from accel.machine import limit_arenas
 
 if TYPE_CHECKING:
     from stream.run import Job, Outcome
@@ -210,6 +211,31 @@ def bench_engines(
     _write_report(report, json_file, html_file)
 
 
+@bench_app.command("temporal")
+def bench_temporal(
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="SOURCE…", help="clips; demo where none is given")
+    ] = None,
+    model: Model = "mini",
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="what it should look like")] = "oil painting",
+    engine: Engine = "auto",
+    size: Size = "512x288",
+    frames: Annotated[int, typer.Option(min=2, help="of each clip")] = 96,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+) -> None:
+    """How steady the picture is: the refiner against flicker, late keys against diffusing every frame."""
+    from bench import temporal
+    from bench.latency import text
+    from stream.config import parse_size
+
+    _check_reports(json_file, html_file)
+    box = parse_size(size)[0]
+    report = temporal.measure(tuple(sources or ["demo"]), model, engine, box, frames, prompt, _say)
+    print(text(report))
+    _write_report(report, json_file, html_file)
+
+
 def version() -> str:
     """The installed version, or that of a source tree."""
     try:
@@ -221,6 +247,7 @@ def version() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The `livestyle` command; returns the exit status. A bug leaves as a traceback, exit status 1."""
     logging.basicConfig(format="note: %(message)s", level=logging.WARNING)
+    limit_arenas()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = app(args=arguments or ["--help"], prog_name="livestyle", standalone_mode=False)

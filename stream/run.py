@@ -103,7 +103,7 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
         opened.callback(source.close)
         spec = source.spec
         size = (spec.width, spec.height)
-        stylizer = load(job.model, size, job.engine, say)
+        stylizer = load(job.model, size, job.engine, say, window=job.params.temporal.window)
         advice = stylizer.advice(job.params)
         told = [*job.notes, *source.warnings, *([advice] if advice else [])]
         for note in told:
@@ -117,7 +117,7 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
         interrupts.raises = False
         total = job.frames or (None if spec.live else spec.frames)
         with Worker(stylizer) as worker, Status(total, quiet=job.quiet) as status:
-            session = worker.open(job.params, spec.live, frames=job.frames if spec.live else None)
+            session = worker.open(job.params, spec.live, frames=job.frames if spec.live else None, fps=spec.fps or 30.0)
             for url, sink in zip(job.sinks, sinks, strict=True):
                 session.attach(sink, lossless=not spec.live or is_file(url))
             first = _Tour(source, session, job.tour) if job.tour else source

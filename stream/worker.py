@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from models.params import Params
+from stream.clocks import Clocks, StyleLane
 from stream.frame import Frame
 from stream.session import Clock, Session
 
@@ -27,6 +28,7 @@ class _Lane:
     """A session and its stream memory, which only the worker thread touches."""
 
     session: Session
+    clocks: Clocks
     state: State | None = None
     produced: int = 0
 
@@ -42,6 +44,7 @@ class Worker(threading.Thread):
         super().__init__(name="worker", daemon=True)
         self.stylizer = stylizer
         self.clock = clock
+        self._style = StyleLane(stylizer)
         self._lanes: deque[_Lane] = deque()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
@@ -55,12 +58,16 @@ class Worker(threading.Thread):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def open(self, params: Params, live: bool, *, frames: int | None = None) -> Session:
-        """A new session, at once; its memory is made in its first turn. Any thread may call this."""
+    def open(self, params: Params, live: bool, *, frames: int | None = None, fps: float = 30.0) -> Session:
+        """A new session, at once; its memory is made in its first turn. Any thread may call this.
+
+        `fps` is the source's nominal rate.
+        """
         session = Session(
             str(next(self._ids)), params, live=live, frames=frames, notify=self._wake.set, clock=self.clock
         )
-        self.call(lambda: self._lanes.append(_Lane(session)))
+        clocks = Clocks(self._style, live, 1000 / fps)
+        self.call(lambda: self._lanes.append(_Lane(session, clocks)))
         return session
 
     def call(self, fn: Callable[[], R]) -> Future[R]:
@@ -103,6 +110,7 @@ class Worker(threading.Thread):
             for lane in self._lanes:
                 lane.session.fail(RuntimeError("the worker thread ended"))
                 lane.session.retire()
+            self._style.close()
 
     def close(self, timeout: float | None = 10.0) -> bool:
         """End all sessions cleanly, then the thread; False if it still runs after `timeout` seconds."""
@@ -124,14 +132,17 @@ class Worker(threading.Thread):
         params = session.params  # once per frame: a change never lands in the middle of one
         if lane.state is None:
             lane.state = self.stylizer.open(params)
-        launched = self.stylizer.step(lane.state, frame.image, params)
-        session.inbox.release()  # the reader fetches the next picture while this one's last network runs
-        launched.wait()
-        image = launched.image()
-        session.meter.key(self.clock())
-        session.outlets.put(replace(frame, image=image))
+        # Once the last network runs, the reader may fetch the next picture.
+        turn = lane.clocks.turn(lane.state, frame.image, params, session.inbox.release)
+        if turn.key:
+            session.meter.key(self.clock())
+        session.outlets.put(replace(frame, image=turn.image))
         lane.produced += 1
-        stages = dict(launched.stages_ms)
+        stages = dict(turn.stages_ms)
+        if turn.key and turn.waited:
+            stages |= turn.key.stages_ms
+        elif turn.key:
+            session.meter.stages(turn.key.stages_ms)  # of the style lane, beside this frame's own time
         stages["handover"] = max(0.0, (self.clock() - started) * 1000 - sum(stages.values()))
         session.meter.stages(stages)
         if session.frames is not None and lane.produced >= session.frames:

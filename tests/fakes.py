@@ -126,6 +126,7 @@ class FakeLaunched:
 class FakeState:
     params: list[Params] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
+    cuts: int = 0
 
 
 class FakeStylizer:
@@ -151,6 +152,9 @@ class FakeStylizer:
             raise ArithmeticError("boom")
         return FakeLaunched(255 - image, {"encode": 1.0, "unet": 2.0, "decode": 0.5})
 
+    def forget(self, state: Any) -> None:
+        state.cuts += 1
+
     def advice(self, params: Params) -> str:
         return "words this model does not know: zorp" if "zorp" in params.style.prompt else ""
 
@@ -159,7 +163,7 @@ def install(step_s: float = 0.0) -> None:
     """Put the fake stylizer where `models.load` is looked for: for subprocesses that test the command line."""
 
     def load(
-        model: str, size: tuple[int, int], engine: str = "auto", log: Callable[[str], None] = print
+        model: str, size: tuple[int, int], engine: str = "auto", log: Callable[[str], None] = print, *, window: int = 0
     ) -> FakeStylizer:
         log(f"engine null: {model}")
         return FakeStylizer(size, before=lambda state, params: time.sleep(step_s))

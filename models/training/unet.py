@@ -40,6 +40,7 @@ from models.training.tones import tone
 
 TOKENS, WIDTH = 24, 96  # prompt length and width of the text encoder
 STYLES = tuple(NAMES)
+KINDS = (0.6, 0.2, 0.2)  # shares of the three cases of a sample
 
 
 def new_unet(latent_channels: int) -> UNet2DConditionModel:
@@ -175,11 +176,13 @@ class Parts:
     tokenizer: CLIPTokenizer
     scheduler: LCMScheduler
 
-    def embed(self, captions: list[str]) -> Tensor:
-        ids = self.tokenizer(
+    def tokens(self, captions: list[str]) -> Tensor:
+        return self.tokenizer(
             captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
-        return self.text(ids)[0]
+
+    def embed(self, captions: list[str]) -> Tensor:
+        return self.text(self.tokens(captions))[0]
 
     def x0(self, z: Tensor, t: Tensor, source: Tensor, words: Tensor) -> Tensor:
         v = self.unet(torch.cat([z, source], 1), t, words, return_dict=False)[0].float()
@@ -192,10 +195,24 @@ class Parts:
         return level.sqrt(), (1 - level).sqrt()
 
 
-def batch_loss(
-    parts: Parts, sets: dict[str, NDArray[np.uint8]], rng: np.random.Generator, batch: int, crop: int
-) -> Tensor:
-    """The loss of one random batch."""
+@dataclass
+class Batch:
+    """Random training samples: pictures (B, 3, H, W) in [-1, 1], latents (B, C, H/8, W/8), the rest (B, 1, 1, 1)."""
+
+    source: Tensor
+    painted: Tensor
+    noise: Tensor
+    pigment: Tensor  # gains around 1, (B, 3, H, W)
+    t: Tensor  # timestep, (B,)
+    first: Tensor  # the net starts from pure noise
+    later: Tensor  # the net starts from a noised painting instead of a noised source
+    done: Tensor  # how far from the source to the painting the target lies
+    ids: tuple[Tensor, Tensor]  # tokens of the two captions, (B, TOKENS)
+    share: Tensor  # of the second caption
+
+
+def draw(parts: Parts, sets: dict[str, NDArray[np.uint8]], rng: np.random.Generator, batch: int, crop: int) -> Batch:
+    """One random batch."""
     tiles = rng.integers(len(sets["photo"]), size=batch)
     corners = 8 * rng.integers(0, (sets["photo"].shape[1] - crop) // 8 + 1, size=(batch, 2))
     requests = [ask(rng, int(tile)) for tile in tiles]
@@ -206,26 +223,39 @@ def batch_loss(
         [paint(sets, r, int(i), y, x, crop) for r, i, (y, x) in zip(requests, tiles, corners, strict=True)]
     )
     noise = torch.randn(batch, parts.vae.config["latent_channels"], crop // 8, crop // 8)
-    kind = torch.from_numpy(rng.choice(3, size=batch, p=[0.6, 0.2, 0.2])).view(-1, 1, 1, 1)
+    kind = torch.from_numpy(rng.choice(3, size=batch, p=KINDS)).view(-1, 1, 1, 1)
     t = torch.from_numpy(20 * rng.integers(1, np.where(kind.flatten() == 2, 40, 51)) - 1)  # a later step is below 800
     t[kind.flatten() == 0] = 999
     done = (t.view(-1, 1, 1, 1) + 1) / 1000
     done = torch.where(kind == 2, done + (1 - done) * torch.rand(batch, 1, 1, 1), done)  # at least as far as its own t
     gains = pigment(torch.where(kind == 2, torch.randn_like(noise), noise))
     plain = torch.tensor([all(s == "photo" for s in r.styles) for r in requests]).view(-1, 1, 1, 1)
-    finished = (painted * torch.where(plain, torch.ones_like(gains), gains)).clamp(0, 1) * 2 - 1
-    target = torch.lerp(source, finished, done)
-    signal, sigma = parts.levels(t)
+    share = torch.tensor([r.weight if r.captions[0] != r.captions[1] else 0.0 for r in requests])
+    return Batch(
+        source,
+        painted,
+        noise,
+        torch.where(plain, torch.ones_like(gains), gains),
+        t,
+        kind == 0,
+        kind == 2,
+        done,
+        (parts.tokens([r.captions[0] for r in requests]), parts.tokens([r.captions[1] for r in requests])),
+        share.view(-1, 1, 1),
+    )
+
+
+def batch_loss(parts: Parts, batch: Batch) -> Tensor:
+    """The loss of one batch, in bfloat16 where the arithmetic allows it."""
+    target = torch.lerp(batch.source, (batch.painted * batch.pigment).clamp(0, 1) * 2 - 1, batch.done)
+    signal, sigma = parts.levels(batch.t)
+    words = torch.lerp(parts.text(batch.ids[0])[0], parts.text(batch.ids[1])[0], batch.share)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
-            z_source = parts.vae.encode(source).latents.float()
-            z_target = parts.vae.encode(target).latents.float()
-        start = torch.where(kind == 2, z_target, z_source)
-        z = torch.where(kind == 0, noise, signal * start + sigma * noise)
-        first, second = (parts.embed([r.captions[i] for r in requests]) for i in (0, 1))
-        share = torch.tensor([r.weight if r.captions[0] != r.captions[1] else 0.0 for r in requests])
-        words = torch.lerp(first, second, share.view(-1, 1, 1).to(first.dtype))
-        x0 = parts.x0(z, t, z_source, words)
+            z_source, z_target = parts.vae.encode(torch.cat([batch.source, target])).latents.float().chunk(2)
+        start = torch.where(batch.later, z_target, z_source)
+        z = torch.where(batch.first, batch.noise, signal * start + sigma * batch.noise)
+        x0 = parts.x0(z, batch.t, z_source, words)
         picture = parts.vae.decode(x0).sample.float()
     fine = (texture(picture) - texture(target)).abs().mean()
     return loss_of(picture, target) + 0.1 * (x0 - z_target).square().mean((1, 2, 3)).sqrt().mean() + 0.25 * fine
@@ -330,8 +360,10 @@ def main() -> None:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start / "unet").float().state_dict())
         parts.text.load_state_dict(CLIPTextModel.from_pretrained(args.start / "text_encoder").float().state_dict())
     average = copy.deepcopy(learned)
-    optimiser = torch.optim.AdamW(learned.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimiser = torch.optim.AdamW(learned.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     sets = tile_sets(args.work, "train")
+    compiled_loss = torch.compile(batch_loss)
+    compiled_loss(parts, draw(parts, sets, rng, args.batch, args.crop)).backward()  # minutes, before the clock starts
     start = saved = time.monotonic()
     step, running = 0, 0.0
     while args.minutes and (progress := (time.monotonic() - start) / (60 * args.minutes)) < 1:
@@ -339,8 +371,8 @@ def main() -> None:
             group["lr"] = args.lr_end + (args.lr - args.lr_end) * min(1, (step + 1) / 300) * (
                 0.5 + 0.5 * math.cos(math.pi * progress)
             )
-        loss = batch_loss(parts, sets, rng, args.batch, args.crop)
         optimiser.zero_grad(set_to_none=True)
+        loss = compiled_loss(parts, draw(parts, sets, rng, args.batch, args.crop))
         loss.backward()
         nn.utils.clip_grad_norm_(learned.parameters(), 1.0)
         optimiser.step()

@@ -1,0 +1,161 @@
+"""The few picture operations of the frame lane: OpenCV's vector code on a CPU, torch on any other device.
+
+Pictures and fields are (1, C, H, W) float32 with at most four channels. On a CPU they travel as channels-last tensors,
+so that OpenCV reads and writes them in place.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+SCALE = np.full(4, 1 / 255)  # per channel: OpenCV takes four of them for a scalar
+UNSCALE = np.full(4, 255.0)
+
+
+def to_picture(image: NDArray[np.uint8]) -> Tensor:
+    """(H, W, 3) uint8 → (1, 3, H, W) float in [0, 1]."""
+    return to_tensor(cv2.multiply(image, SCALE, dtype=cv2.CV_32F))
+
+
+def to_image(picture: Tensor) -> NDArray[np.uint8]:
+    """(1, 3, H, W) float in [0, 1] → (H, W, 3) uint8, rounded."""
+    image: NDArray[Any] = cv2.multiply(to_pixels(picture.cpu()), UNSCALE, dtype=cv2.CV_8U)
+    return image
+
+
+def to_tensor(pixels: NDArray[Any]) -> Tensor:
+    """(H, W) or (H, W, C) float32 → (1, C, H, W), the same memory."""
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)[None]
+
+
+def to_pixels(picture: Tensor) -> NDArray[np.float32]:
+    """(1, C, H, W) → (H, W, C), the same memory where the tensor is channels-last."""
+    return picture[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """To (width, height): averaged when smaller, bilinear when larger."""
+    width, height = size
+    if picture.shape[2:] == (height, width):
+        return picture
+    smaller = width < picture.shape[3]
+    if picture.device.type == "cpu":
+        how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+        return to_tensor(cv2.resize(to_pixels(picture), size, interpolation=how))
+    return F.interpolate(picture, (height, width), mode="area" if smaller else "bilinear")
+
+
+def box(picture: Tensor, radius: int) -> Tensor:
+    """Mean over (2·radius + 1)² pixels, edges repeated."""
+    side = 2 * radius + 1
+    if picture.device.type == "cpu":
+        return to_tensor(cv2.boxFilter(to_pixels(picture), -1, (side, side), borderType=cv2.BORDER_REPLICATE))
+    return F.avg_pool2d(F.pad(picture, (radius,) * 4, mode="replicate"), side, 1)
+
+
+def blur(picture: Tensor, sigma: float) -> Tensor:
+    """Gaussian low-pass of σ pixels, edges repeated."""
+    if picture.device.type == "cpu":
+        return to_tensor(cv2.GaussianBlur(to_pixels(picture), (0, 0), sigma, borderType=cv2.BORDER_REPLICATE))
+    reach = int(4 * sigma + 0.5)
+    line = torch.arange(-reach, reach + 1, device=picture.device, dtype=picture.dtype)
+    line = torch.exp(-0.5 * (line / sigma).square())
+    kernel = (line / line.sum()).expand(picture.shape[1], 1, 1, -1)
+    picture = F.conv2d(F.pad(picture, (reach, reach, 0, 0), mode="replicate"), kernel, groups=len(kernel))
+    return F.conv2d(F.pad(picture, (0, 0, reach, reach), mode="replicate"), kernel.mT, groups=len(kernel))
+
+
+def erode(mask: Tensor, radius: int) -> Tensor:
+    """Minimum over (2·radius + 1)² pixels: what is doubtful spreads."""
+    side = 2 * radius + 1
+    if mask.device.type == "cpu":
+        return to_tensor(cv2.erode(to_pixels(mask), np.ones((side, side), np.uint8)))
+    return -F.max_pool2d(-mask, side, 1, radius)
+
+
+def total(picture: Tensor) -> Tensor:
+    """The sum over channels, (1, 1, H, W)."""
+    if picture.device.type == "cpu":
+        return to_tensor(cv2.transform(to_pixels(picture), np.ones((1, picture.shape[1]), np.float32)))
+    return picture.sum(1, keepdim=True)
+
+
+def weigh(mask: Tensor, picture: Tensor) -> Tensor:
+    """A mask (1, 1, h, w), brought to the picture's size, times the picture (1, 3, H, W)."""
+    mask = resize(mask, (picture.shape[3], picture.shape[2]))
+    if picture.device.type == "cpu":
+        return to_tensor(cv2.multiply(cv2.cvtColor(to_pixels(mask), cv2.COLOR_GRAY2RGB), to_pixels(picture)))
+    return mask * picture
+
+
+def grey(picture: Tensor) -> Tensor:
+    """Luma (BT.601), (1, 1, H, W)."""
+    if picture.device.type == "cpu":
+        return to_tensor(cv2.cvtColor(to_pixels(picture), cv2.COLOR_RGB2GRAY))
+    weights = torch.tensor([0.299, 0.587, 0.114], device=picture.device).view(1, 3, 1, 1)
+    return (picture * weights).sum(1, keepdim=True)
+
+
+def sample(field: Tensor, flow: Tensor) -> Tensor:
+    """Bilinear backward warp, for flows and masks: out(p) = field(p + flow(p)), edges repeated."""
+    if field.device.type == "cpu":
+        return to_tensor(_remap(to_pixels(field), _places(flow), cv2.INTER_LINEAR))
+    return F.grid_sample(field, _grid(_torch_places(flow)), "bilinear", "border", False)
+
+
+def warp(picture: Tensor, flow: Tensor) -> Tensor:
+    """Catmull-Rom backward warp, for pictures: out(p) = picture(p + flow(p)), edges repeated.
+
+    Both libraries' cubic kernel has A = -0.75, Catmull-Rom's is A = -0.5. The kernel is linear in A, and A = 0 is a
+    bilinear look-up at a smoothed fraction; so two thirds of one and a third of the other make the kernel wanted.
+    """
+    if picture.device.type == "cpu":
+        places = _places(flow)
+        pixels = to_pixels(picture)
+        sharp = _remap(pixels, places, cv2.INTER_CUBIC)
+        smooth = _remap(pixels, to_pixels(_eased(to_tensor(places))), cv2.INTER_LINEAR)
+        return to_tensor(cv2.addWeighted(sharp, 2 / 3, smooth, 1 / 3, 0, dst=sharp))
+    spots = _torch_places(flow)
+    sharp_tensor = F.grid_sample(picture, _grid(spots), "bicubic", "border", False)
+    return torch.lerp(sharp_tensor, F.grid_sample(picture, _grid(_eased(spots)), "bilinear", "border", False), 1 / 3)
+
+
+@lru_cache(maxsize=8)
+def _columns_rows(height: int, width: int) -> NDArray[np.float32]:
+    """Every pixel's own x and y, (H, W, 2)."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    return np.ascontiguousarray(np.stack([x, y], 2))
+
+
+def _places(flow: Tensor) -> NDArray[Any]:
+    """Where a flow (1, 2, H, W) leads to, (H, W, 2)."""
+    return cv2.add(to_pixels(flow), _columns_rows(*flow.shape[2:]))
+
+
+def _eased(places: Tensor) -> Tensor:
+    """Places whose fractions follow the smooth step 3t² - 2t³."""
+    whole = places.floor()
+    part = places - whole
+    return whole.add_(part.square().mul_(part.mul_(-2).add_(3)))
+
+
+def _remap(pixels: NDArray[np.float32], places: NDArray[Any], how: int) -> NDArray[Any]:
+    return cv2.remap(pixels, places, None, how, borderMode=cv2.BORDER_REPLICATE)  # type: ignore[call-overload, no-any-return]
+
+
+def _torch_places(flow: Tensor) -> Tensor:
+    return flow + torch.from_numpy(_columns_rows(*flow.shape[2:])).permute(2, 0, 1).to(flow)
+
+
+def _grid(places: Tensor) -> Tensor:
+    """Pixel places (1, 2, H, W) → `grid_sample`'s coordinates."""
+    size = torch.tensor(places.shape[:1:-1], device=places.device, dtype=places.dtype)
+    return (places.permute(0, 2, 3, 1) * 2 + 1) / size - 1

@@ -1,0 +1,129 @@
+"""The frame lane of one stream: what runs for every captured frame, however slow the diffusion is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.filters import sample, to_image, to_picture, weigh
+from models.flow import Dis, flow_estimator
+from models.params import Temporal
+from models.reproject import Guide, Key, Motion, Track
+from models.stylizer import Stages
+from models.temporal import Past, refine
+
+FADING = 0.95  # how much of what was only held counts as held a frame later
+
+Refiner = Callable[[Tensor, Motion | None, Past], Tensor]
+
+
+class FrameLane:
+    """Follows the source, carries the keys to now, fills what they do not show, and refines.
+
+    Every frame: `advance`; where it is diffused `ask`, and `answer` when its picture is there; then `show`.
+
+    >>> lane.advance(image); lane.answer(lane.ask(), stylized); picture = lane.show()
+    """
+
+    def __init__(self, guide: Guide, refiner: Refiner | None = refine) -> None:
+        self.guide = guide
+        self.refiner = refiner
+        self.motion: Motion | None = None
+        self.stages = Stages()  # of the present frame
+        self._past = Past()
+        self._known: Tensor | None = None  # where the last output showed a key or something carried from one
+        self._key: Key | None = None
+        self._older: Key | None = None  # being faded out
+        self._asked: list[Track] = []
+        self._shown = 0  # frames since the key came, with the present one
+        self._fade = 1
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is anything to show: a first key has come."""
+        return self._key is not None
+
+    def advance(self, image: NDArray[np.uint8]) -> None:
+        """A frame was captured, (H, W, 3) uint8."""
+        self.stages = Stages()
+        with self.stages("flow"), _quietly():
+            self.motion = self.guide.advance(to_picture(image))
+            self._shown += 1
+            tracks = [key.track for key in (self._key, self._older) if key]
+            for track in (*tracks, *self._asked):
+                if self.motion is None:  # another size
+                    track.cut = True
+                else:
+                    track.advance(self.motion)
+
+    def ask(self) -> Track:
+        """The present frame is to be diffused."""
+        self._asked.append(Track(*self.guide.frame))
+        return self._asked[-1]
+
+    def answer(self, track: Track, image: NDArray[np.uint8], fade: int = 1) -> None:
+        """The picture that was asked for, (H, W, 3) uint8; it takes over within `fade` frames: 1/fade, 2/fade … 1."""
+        with self.stages("key"), _quietly():
+            self._asked.remove(track)
+            self._older, self._key = self._key, Key(track, to_picture(image))
+            self._fade, self._shown = fade, 1
+
+    def show(self) -> NDArray[np.uint8]:
+        """The picture for the present frame, (H, W, 3) uint8."""
+        with _quietly():
+            with self.stages("warp"):
+                picture = self._fill(*self._keys_now())
+            with self.stages("refine"):
+                if self.refiner:
+                    picture = self.refiner(picture, self.motion, self._past)
+                self._past.output = picture
+                return to_image(picture)
+
+    def _keys_now(self) -> tuple[Tensor, Tensor | None]:
+        """What the newest key says, the one before fading out beneath it."""
+        assert self._key is not None, "show before the first answer"
+        picture, trust = self._key.now(*self.guide.frame)
+        weight = self._shown / self._fade
+        if weight >= 1 or self._older is None:
+            self._older = None
+            return picture, trust
+        before, trust_before = self._older.now(*self.guide.frame)
+        if trust is not None and trust_before is not None:
+            trust = torch.lerp(trust_before, trust, weight)
+        return torch.lerp(before, picture, weight), trust
+
+    def _fill(self, picture: Tensor, trust: Tensor | None) -> Tensor:
+        """Where the keys show nothing of their own, hold on to what the last output showed there."""
+        motion, before = self.motion, self._known
+        if trust is None:
+            self._known = None
+        elif motion is None or motion.cut or self._past.output is None:
+            self._known = trust
+        else:
+            held = motion.trust if before is None else motion.trust * sample(before, motion.flow)
+            self._known = trust + (1 - trust) * FADING * held
+            return picture + weigh((1 - trust) * held, self._past.carried(motion) - picture)
+        return picture
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No gradients, and one torch thread: pictures are too small to share, and OpenMP's waiting threads cost others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def frame_lane(temporal: Temporal) -> FrameLane:
+    """The frame lane that the settings ask for; UserError where a part of it is missing."""
+    guide = Guide(flow_estimator(temporal.flow), Dis(refine=0))
+    return FrameLane(guide, None if temporal.refiner == "off" else refine)

@@ -1,0 +1,173 @@
+"""Two clocks: carry stylized pictures along the source's motion to the frame that is being shown.
+
+A *key* is a source frame with its stylized picture. What a key says about the present frame comes in two parts. How
+the style colours things is a local affine map of colours, fitted on the key pair as the guided filter does (He et al.
+2010); applied to the present source it is never late. What that map cannot say (strokes, lines, paper) is the key's
+residual, carried along the composed flow as far as that can be trusted. Where nothing moved, both together are the key
+itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from models.filters import box, resize, sample, total, warp, weigh
+from models.flow import FlowEstimator, Trust, compose, likeness, validity
+
+GUIDE = 2  # the source's motion is followed at 1/2 of the picture's size
+CELL = 8  # one affine map of colours per 8×8 pixels
+REACH = 3  # cells on each side that a map is fitted on
+STIFFNESS = 2e-3  # variance of source colours below which a map is mostly an offset
+FORGIVING = 10.0  # sharpness of the photometric test against a key, which may be many frames old
+TRUST = Trust(plain=0.08)  # DIS wavers on plain walls, where it does no harm
+CUT = 0.15  # mean trust below which the scene has changed
+
+
+@dataclass(frozen=True, slots=True)
+class Motion:
+    """What happened between the last two source frames, at the guide's size."""
+
+    flow: Tensor  # now → before, (1, 2, h, w)
+    trust: Tensor  # 0–1, (1, 1, h, w)
+    cut: bool  # another scene: nothing of the past holds
+    now: Tensor  # the two source frames, (1, 3, h, w)
+    before: Tensor
+
+
+class Guide:
+    """Follows a source: its present frame at full and at guide size, and the motion since the one before.
+
+    `check` may be a cheaper estimator; it makes the flow the other way, which only tells how far the first one holds.
+    """
+
+    def __init__(self, estimator: FlowEstimator, check: FlowEstimator | None = None) -> None:
+        self.estimator = estimator
+        self.check = check or estimator
+        self._frame: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def frame(self) -> tuple[Tensor, Tensor]:
+        """The present source frame (1, 3, H, W), and the same at guide size."""
+        assert self._frame is not None, "before the first frame"
+        return self._frame
+
+    def advance(self, picture: Tensor) -> Motion | None:
+        """Take in the next frame; None for the first one, or after a change of size."""
+        small = resize(picture, (picture.shape[3] // GUIDE, picture.shape[2] // GUIDE))
+        last, self._frame = self._frame, (picture, small)
+        if last is None or last[0].shape != picture.shape:
+            return None
+        before = last[1]
+        back = self.estimator(small, before)
+        forth = self.check(before, small)
+        trust = validity(back, forth, small, before, TRUST)
+        return Motion(back, trust, bool(trust.mean() < CUT), small, before)
+
+
+@dataclass(slots=True)
+class Track:
+    """The way back from the present frame to one source frame, kept up to date frame by frame."""
+
+    picture: Tensor  # that frame, (1, 3, H, W)
+    small: Tensor  # the same at guide size
+    flow: Tensor | None = None  # now → that frame; None: it is the present one
+    trust: Tensor | None = None
+    cut: bool = False  # the scene has changed since
+
+    def advance(self, motion: Motion) -> None:
+        """One more source frame has come."""
+        self.cut |= motion.cut
+        if self.cut:
+            return
+        if self.flow is None or self.trust is None:
+            self.flow, self.trust = motion.flow, motion.trust
+        else:
+            self.trust = motion.trust * sample(self.trust, motion.flow)
+            self.flow = compose(motion.flow, self.flow)
+
+
+@dataclass(frozen=True, slots=True)
+class Tint:
+    """Affine maps of colours, one per cell: stylized ≈ gain · source + offset."""
+
+    gain: tuple[Tensor, Tensor, Tensor]  # per output channel, (1, 3, h, w)
+    offset: Tensor  # (1, 3, h, w)
+
+    def __call__(self, source: Tensor) -> Tensor:
+        """The source in the style's colours, (1, 3, H, W)."""
+        size = (source.shape[3], source.shape[2])
+        rows = [total(resize(row, size) * source) for row in self.gain]
+        return torch.cat(rows, 1).contiguous(memory_format=torch.channels_last) + resize(self.offset, size)
+
+    def carried(self, flow: Tensor) -> Tint:
+        """The maps as they lie after a motion (of any size)."""
+        flow = scaled(flow, (self.offset.shape[3], self.offset.shape[2]))
+        first, second, third = (sample(row, flow) for row in self.gain)
+        return Tint((first, second, third), sample(self.offset, flow))
+
+
+def fit_tint(source: Tensor, stylized: Tensor, reach: int = REACH) -> Tint:
+    """Least squares over (2·reach + 1)² cells, with a ridge of STIFFNESS."""
+    size = (source.shape[3] // CELL, source.shape[2] // CELL)
+    x, y = resize(source, size), resize(stylized, size)
+    mean_x, mean_y = box(x, reach), box(y, reach)
+
+    def covariance(a: Tensor, mean_a: Tensor) -> Tensor:
+        """Of the three source channels with three others, (h, w, 3, 3)."""
+        rows = [box(x[:, i : i + 1] * a, reach) - mean_x[:, i : i + 1] * mean_a for i in range(3)]
+        return torch.stack([row[0].permute(1, 2, 0) for row in rows], 2)
+
+    ridge = covariance(x, mean_x) + STIFFNESS * torch.eye(3, device=x.device)
+    gain = torch.linalg.solve(ridge, covariance(y, mean_y))  # (h, w, from, to)
+    rows = [gain[..., i].permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last) for i in range(3)]
+    rows = [box(row, reach) for row in rows]
+    offset = mean_y - torch.cat([total(row * mean_x) for row in rows], 1)
+    return Tint(cast(tuple[Tensor, Tensor, Tensor], tuple(rows)), box(offset, reach))
+
+
+class Key:
+    """A source frame with its stylized picture, and the way back to it."""
+
+    def __init__(self, track: Track, stylized: Tensor) -> None:
+        self.track = track
+        self.stylized = stylized
+
+    @cached_property
+    def tint(self) -> Tint:
+        return fit_tint(self.track.picture, self.stylized)
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """What the tint does not say of the key, (1, 3, H, W)."""
+        return self.stylized - self._tinted(self.tint, self.track.small)
+
+    def _tinted(self, tint: Tint, small: Tensor) -> Tensor:
+        """A source frame in the style's colours, without its fine detail: that is the style's own, in the residual."""
+        return resize(tint(small), (self.stylized.shape[3], self.stylized.shape[2]))
+
+    def now(self, picture: Tensor, small: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What this key says about the present source frame, and how far that is its own, (1, 1, h, w); None: wholly.
+
+        After a cut only the colours of the style are left.
+        """
+        track = self.track
+        if track.cut:
+            everywhere = max(self.tint.offset.shape[2:])
+            tint = fit_tint(track.picture, self.stylized, everywhere)
+            return self._tinted(tint, small), torch.zeros_like(small[:, :1])
+        if track.flow is None or track.trust is None:
+            return self.stylized, None
+        trust = track.trust * likeness(small, sample(track.small, track.flow), FORGIVING)
+        carried = warp(self.residual, scaled(track.flow, (picture.shape[3], picture.shape[2])))
+        return self._tinted(self.tint.carried(track.flow), small).add_(weigh(trust, carried)), trust
+
+
+def scaled(flow: Tensor, size: tuple[int, int]) -> Tensor:
+    """A flow at another size, (width, height), in that size's pixels."""
+    factors = torch.tensor([size[0] / flow.shape[3], size[1] / flow.shape[2]], device=flow.device).view(1, 2, 1, 1)
+    return resize(flow * factors, size)

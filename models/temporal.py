@@ -1,0 +1,98 @@
+"""The refiner: takes flicker out of stylized frames without smearing what moves or washing out what is drawn.
+
+The last output is carried along the source's motion to the present frame, and the new picture is moved towards it as
+far as the motion can be trusted and the place has been in view. Two bands are weighed apart. In each, how much the
+picture as a whole wavers from frame to frame tells flicker from a real change: what differs by far more than that is
+kept as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.filters import blur, box, resize, sample, total, warp, weigh
+from models.reproject import Motion, scaled
+
+CHANCE = np.random.default_rng()
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """How strongly the past holds."""
+
+    coarse: float = 0.9  # most that the carried picture weighs, coarse band
+    fine: float = 0.9  # the same, fine band
+    surprise: float = 3.0  # times the usual wavering that a real change exceeds
+    floor: float = 0.02  # wavering of the coarse band that is always allowed for
+    floor_fine: float = 0.01  # of the fine band
+    memory: float = 32.0  # frames a place's age is counted to
+
+
+@dataclass(slots=True)
+class Past:
+    """What a refiner remembers of a stream."""
+
+    output: Tensor | None = None  # (1, 3, H, W)
+    age: Tensor | None = None  # frames each place has agreed for, (1, 1, h, w)
+    _carried: tuple[Motion, Tensor] | None = None
+
+    def carried(self, motion: Motion) -> Tensor:
+        """The last output as it lies now, (1, 3, H, W); worked out once per frame."""
+        assert self.output is not None
+        if self._carried is None or self._carried[0] is not motion:
+            size = (self.output.shape[3], self.output.shape[2])
+            self._carried = motion, warp(self.output, scaled(motion.flow, size))
+        return self._carried[1]
+
+
+def refine(stylized: Tensor, motion: Motion | None, past: Past, blend: Blend = Blend()) -> Tensor:
+    """The steadied picture (1, 3, H, W); `past` moves on by one frame."""
+    if motion is None or motion.cut or past.output is None or past.output.shape != stylized.shape:
+        past.output, past.age = stylized, None
+        return stylized
+    size = (stylized.shape[3], stylized.shape[2])
+    small = (motion.flow.shape[3], motion.flow.shape[2])
+    apart = past.carried(motion) - stylized
+    coarse = blur(resize(apart, small), 2.0)
+    fine = apart - resize(coarse, size)
+    agree, _ = likely(total(coarse.square()) / 3, motion.trust, blend.surprise, blend.floor)
+    trust = ((motion.trust * agree - 0.2) / 0.5).clamp_(0, 1)
+    age = torch.ones_like(trust) if past.age is None else sample(past.age, motion.flow) + 1
+    past.age = (age * trust).clamp_max_(blend.memory)
+    hold = past.age / (past.age + 1)
+    energy = resize(box(total(fine.square()), 1), small) / 3
+    agree, _ = likely(energy, motion.trust, blend.surprise, blend.floor_fine)
+    steadied = resize(hold.clamp_max(blend.coarse) * coarse, size)
+    steadied += weigh(hold.clamp_max(blend.fine) * agree, fine)
+    steadied += stylized
+    if not bool(torch.isfinite(steadied.sum())):  # a model's NaN must not stay
+        steadied, past.age = stylized, None
+    past.output = steadied
+    return steadied
+
+
+def likely(change: Tensor, trust: Tensor, surprise: float, floor: float) -> tuple[Tensor, float]:
+    """How likely squared changes (1, 1, h, w) are mere wavering, 0–1, and the wavering's usual variance."""
+    seen = change[..., ::4, ::4][trust[..., ::4, ::4] > 0.5]
+    usual = float(seen.quantile(0.4)) * 1.7 if seen.numel() else 0.0
+    return torch.exp(-change / (2 * surprise**2 * (usual + floor**2))), usual
+
+
+def flickered(image: NDArray[np.uint8], value: float) -> NDArray[np.uint8]:
+    """The picture (H, W, 3) with fresh flicker, for tests and demonstrations.
+
+    Gaussian noise per colour channel: σ = 18/255 on a grid of 1/8 size, cubic-upsampled, and σ = 6/255 on a grid of
+    1/2 size, bilinear; times `value`.
+    """
+    height, width = image.shape[:2]
+    noisy = image.astype(np.float32)
+    for step, sigma, how in ((8, 18.0, cv2.INTER_CUBIC), (2, 6.0, cv2.INTER_LINEAR)):
+        grid = CHANCE.standard_normal((height // step, width // step, 3)).astype(np.float32)
+        noisy += value * sigma * cv2.resize(grid, (width, height), interpolation=how)
+    return noisy.round().clip(0, 255).astype(np.uint8)

@@ -1,0 +1,168 @@
+"""The two clocks of a session: which frames are diffused, and what is shown for all the others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from stream.pacing import Costs, Plan, plan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from models.lane import FrameLane
+    from models.params import Params, Temporal
+    from models.reproject import Track
+    from models.stylizer import State, Stylizer
+
+FADE = 4  # frames in which a key that came late takes over
+
+
+@dataclass(frozen=True, slots=True)
+class Diffused:
+    """A picture out of the style lane."""
+
+    image: NDArray[np.uint8]
+    stages_ms: dict[str, float]
+    took_ms: float
+
+
+class StyleLane:
+    """Where pictures are diffused, one at a time: in the caller's turn, or in a thread that nobody waits for."""
+
+    def __init__(self, stylizer: Stylizer) -> None:
+        self.stylizer = stylizer
+        self._device = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="style")
+
+    def now(
+        self,
+        state: State,
+        image: NDArray[np.uint8],
+        params: Params,
+        launched: Callable[[], None] = lambda: None,
+        *,
+        cut: bool = False,
+    ) -> Diffused:
+        """Diffuse one picture; `launched` is called while its last network still runs. `cut`: another scene begins."""
+        with self._device:
+            started = time.perf_counter()
+            if cut:
+                self.stylizer.forget(state)
+            going = self.stylizer.step(state, image, params)
+            launched()
+            going.wait()
+            picture = going.image()
+            if params.debug.style_delay_ms:
+                time.sleep(params.debug.style_delay_ms / 1000)
+            took = (time.perf_counter() - started) * 1000
+        if params.debug.flicker:
+            from models.temporal import flickered
+
+            picture = flickered(picture, params.debug.flicker)
+        return Diffused(picture, dict(going.stages_ms), took)
+
+    def later(self, state: State, image: NDArray[np.uint8], params: Params, *, cut: bool) -> Future[Diffused]:
+        """The same in the style lane's own thread."""
+        return self._thread.submit(self.now, state, image, params, cut=cut)
+
+    def close(self) -> None:
+        """Let go of the thread; a picture under way is finished first."""
+        self._thread.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one captured frame came to."""
+
+    image: NDArray[np.uint8]
+    stages_ms: dict[str, float]  # of the frame lane
+    key: Diffused | None = None  # a picture that was diffused
+    waited: bool = False  # for that picture: its stages are part of this frame's time
+
+
+@dataclass(slots=True)
+class Clocks:
+    """One session's two clocks; the worker thread's own.
+
+    `period_ms` is the time between two frames of the source, where it is live.
+    """
+
+    style: StyleLane
+    live: bool
+    period_ms: float
+    costs: Costs = field(default_factory=Costs)
+    plan: Plan = field(default_factory=Plan)
+    _lane: FrameLane | None = None
+    _built: Temporal | None = None  # the settings the lane was built for
+    _under_way: tuple[Track, Future[Diffused]] | None = None
+    _since: int = 0  # frames since the last key
+    _cut: bool = False  # another scene has begun since a frame was last diffused
+
+    def turn(
+        self, state: State, image: NDArray[np.uint8], params: Params, launched: Callable[[], None] = lambda: None
+    ) -> Turn:
+        """The picture to show for a captured frame; `launched` is called when the next one may be fetched."""
+        self.plan = plan(params.temporal, self.costs, self.plan, live=self.live, period_ms=self.period_ms)
+        if self.plan.mode == "every-frame" and not _refined(params):
+            self._drop()
+            key = self.style.now(state, image, params, launched)
+            self.costs.add_style(key.took_ms)
+            return Turn(key.image, {}, key, waited=True)
+        lane = self._follow(params)
+        lane.advance(image)
+        self._cut |= lane.motion is not None and lane.motion.cut
+        self._since += 1
+        late = self.plan.mode == "reproject" and lane.ready
+        arrived = self._arrived(lane, wait=not late)
+        if not late and (self._since >= self.plan.every or not lane.ready):
+            arrived = self.style.now(state, image, params, launched, cut=self._cut)
+            lane.answer(lane.ask(), arrived.image, self.plan.every)
+            self._since, self._cut = 0, False
+        elif late and self._under_way is None:
+            self._under_way = lane.ask(), self.style.later(state, image, params, cut=self._cut)
+            self._cut = False
+        launched()
+        picture = lane.show()
+        if arrived:
+            self.costs.add_style(arrived.took_ms)
+        self.costs.add_lane(sum(lane.stages.ms.values()))
+        return Turn(picture, lane.stages.ms, arrived, waited=not late)
+
+    def _arrived(self, lane: FrameLane, *, wait: bool) -> Diffused | None:
+        """Take in the key that was under way, if it is there."""
+        if self._under_way is None or not (wait or self._under_way[1].done()):
+            return None
+        (track, future), self._under_way = self._under_way, None
+        key = future.result()
+        lane.answer(track, key.image, FADE)
+        return key
+
+    def _follow(self, params: Params) -> FrameLane:
+        """The frame lane for these settings."""
+        built = params.temporal.model_copy(update={"mode": "auto", "cadence": 0, "latency_ms": 0.0})
+        if self._lane is None or self._built != built:
+            from models.lane import frame_lane
+
+            self._drop()
+            self._lane = frame_lane(params.temporal)
+            self._built = built
+        return self._lane
+
+    def _drop(self) -> None:
+        """Leave the frame lane, and the key that is under way for it."""
+        if self._under_way is not None:
+            self._under_way[1].exception()  # its stream's memory is free again once it is through
+        self._lane = self._under_way = None
+
+
+def _refined(params: Params) -> bool:
+    """Whether frames that are all diffused go through the refiner: where asked for, or where they would flicker."""
+    if params.temporal.refiner == "auto":
+        return params.style.seed_mode == "per-frame"
+    return params.temporal.refiner != "off"
