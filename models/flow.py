@@ -6,6 +6,7 @@ then y. So `warp(before, flow)` shows the older picture as it would look now.
 
 from __future__ import annotations
 
+import pickle
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,9 +90,13 @@ def flow_estimator(name: str, weights: Path | None = None) -> FlowEstimator:
             hint=f"curl -Lo {path} --create-dirs https://download.pytorch.org/models/{RAFT_FILES[name]}",
         )
     try:
+        from torchvision.models import optical_flow  # noqa: F401 whether it is there at all
+    except (ImportError, RuntimeError):  # RuntimeError: a torchvision built for another torch
+        raise UserError(f"{name} needs a torchvision that fits this torch", hint="pip install torchvision") from None
+    try:
         return Raft(name, path)
-    except ImportError:
-        raise UserError(f"{name} needs torchvision", hint="pip install torchvision") from None
+    except (RuntimeError, OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} does not hold the weights of {name}: {error}", hint="download it again") from None
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:

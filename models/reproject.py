@@ -24,7 +24,8 @@ CELL = 8  # one affine map of colours per 8×8 pixels
 REACH = 3  # cells on each side that a map is fitted on
 STIFFNESS = 2e-3  # variance of source colours below which a map is mostly an offset
 FORGIVING = 10.0  # sharpness of the photometric test against a key, which may be many frames old
-TRUST = Trust(plain=0.08)  # DIS wavers on plain walls, where it does no harm
+# At half size a flow is half as long but as steep, and DIS wavers; on plain walls it wavers most, and does no harm.
+TRUST = Trust(boundary=(0.01 * GUIDE**2, 0.005), plain=0.08)
 CUT = 0.15  # mean trust below which the scene has changed
 
 
@@ -69,7 +70,7 @@ class Guide:
         return Motion(back, trust, bool(trust.mean() < CUT), small, before)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Track:
     """The way back from the present frame to one source frame, kept up to date frame by frame."""
 
@@ -130,6 +131,11 @@ def fit_tint(source: Tensor, stylized: Tensor, reach: int = REACH) -> Tint:
     return Tint(cast(tuple[Tensor, Tensor, Tensor], tuple(rows)), box(offset, reach))
 
 
+def tinted(tint: Tint, picture: Tensor, small: Tensor) -> Tensor:
+    """A source frame in the style's colours, from its small picture: fine detail is the style's, in the residual."""
+    return resize(tint(small), (picture.shape[3], picture.shape[2]))
+
+
 class Key:
     """A source frame with its stylized picture, and the way back to it."""
 
@@ -144,11 +150,7 @@ class Key:
     @cached_property
     def residual(self) -> Tensor:
         """What the tint does not say of the key, (1, 3, H, W)."""
-        return self.stylized - self._tinted(self.tint, self.track.small)
-
-    def _tinted(self, tint: Tint, small: Tensor) -> Tensor:
-        """A source frame in the style's colours, without its fine detail: that is the style's own, in the residual."""
-        return resize(tint(small), (self.stylized.shape[3], self.stylized.shape[2]))
+        return self.stylized - tinted(self.tint, self.track.picture, self.track.small)
 
     def now(self, picture: Tensor, small: Tensor) -> tuple[Tensor, Tensor | None]:
         """What this key says about the present source frame, and how far that is its own, (1, 1, h, w); None: wholly.
@@ -159,12 +161,12 @@ class Key:
         if track.cut:
             everywhere = max(self.tint.offset.shape[2:])
             tint = fit_tint(track.picture, self.stylized, everywhere)
-            return self._tinted(tint, small), torch.zeros_like(small[:, :1])
+            return tinted(tint, picture, small), torch.zeros_like(small[:, :1])
         if track.flow is None or track.trust is None:
             return self.stylized, None
         trust = track.trust * likeness(small, sample(track.small, track.flow), FORGIVING)
         carried = warp(self.residual, scaled(track.flow, (picture.shape[3], picture.shape[2])))
-        return self._tinted(self.tint.carried(track.flow), small).add_(weigh(trust, carried)), trust
+        return tinted(self.tint.carried(track.flow), picture, small).add_(weigh(trust, carried)), trust
 
 
 def scaled(flow: Tensor, size: tuple[int, int]) -> Tensor:

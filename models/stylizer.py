@@ -161,6 +161,7 @@ class LatentStylizer:
         self.info = info or {}
         _, _, rows, columns = networks.latent_shape
         self.size = (8 * columns, 8 * rows)
+        self._threads = torch.get_num_threads()
 
     def open(self, params: Params) -> State:
         """Fresh memory for one stream, with its prompt already encoded."""
@@ -176,6 +177,8 @@ class LatentStylizer:
         if image.shape != (self.size[1], self.size[0], 3):
             raise ValueError(f"picture of shape {image.shape}, model of size {self.size}")
         stages = Stages()
+        if torch.get_num_threads() != self._threads:  # a thread begun while the frame lane had one only
+            torch.set_num_threads(self._threads)
         with torch.inference_mode():
             latents = self._latents(state, torch.from_numpy(image)[None], params, stages)
             with stages("decode"):

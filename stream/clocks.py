@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from models.lane import FrameLane
-    from models.params import Params, Temporal
+    from models.params import Params
     from models.reproject import Track
     from models.stylizer import State, Stylizer
 
@@ -99,7 +99,7 @@ class Clocks:
     costs: Costs = field(default_factory=Costs)
     plan: Plan = field(default_factory=Plan)
     _lane: FrameLane | None = None
-    _built: Temporal | None = None  # the settings the lane was built for
+    _built: tuple[str, str] = ("", "")  # flow and refiner the lane was built with
     _under_way: tuple[Track, Future[Diffused]] | None = None
     _since: int = 0  # frames since the last key
     _cut: bool = False  # another scene has begun since a frame was last diffused
@@ -109,7 +109,8 @@ class Clocks:
     ) -> Turn:
         """The picture to show for a captured frame; `launched` is called when the next one may be fetched."""
         self.plan = plan(params.temporal, self.costs, self.plan, live=self.live, period_ms=self.period_ms)
-        if self.plan.mode == "every-frame" and not _refined(params):
+        # A window of frames needs the frame lane too: it sees the cuts.
+        if self.plan.mode == "every-frame" and not _refined(params) and not params.temporal.window:
             self._drop()
             key = self.style.now(state, image, params, launched)
             self.costs.add_style(key.took_ms)
@@ -145,7 +146,7 @@ class Clocks:
 
     def _follow(self, params: Params) -> FrameLane:
         """The frame lane for these settings."""
-        built = params.temporal.model_copy(update={"mode": "auto", "cadence": 0, "latency_ms": 0.0})
+        built = params.temporal.flow, params.temporal.refiner
         if self._lane is None or self._built != built:
             from models.lane import frame_lane
 
