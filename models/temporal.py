@@ -28,9 +28,10 @@ class Blend:
 
     coarse: float = 0.9  # most that the carried picture weighs, coarse band
     fine: float = 0.9  # the same, fine band
-    surprise: float = 3.0  # times the usual wavering that a real change exceeds
+    surprise: float = 2.3  # times the usual wavering that a real change exceeds
     floor: float = 0.02  # wavering of the coarse band that is always allowed for
     floor_fine: float = 0.01  # of the fine band
+    clean: float = 0.45  # share of the wavering's variance that is taken to be the new picture's
     memory: float = 32.0  # frames a place's age is counted to
 
 
@@ -66,15 +67,23 @@ def refine(stylized: Tensor, motion: Motion | None, past: Past, blend: Blend = B
     age = torch.ones_like(trust) if past.age is None else sample(past.age, motion.flow) + 1
     past.age = (age * trust).clamp_max_(blend.memory)
     hold = past.age / (past.age + 1)
-    energy = resize(box(total(fine.square()), 1), small) / 3
-    agree, _ = likely(energy, motion.trust, blend.surprise, blend.floor_fine)
+    agree, usual = likely(_power(fine, 1, small), motion.trust, blend.surprise, blend.floor_fine)
     steadied = resize(hold.clamp_max(blend.coarse) * coarse, size)
     steadied += weigh(hold.clamp_max(blend.fine) * agree, fine)
     steadied += stylized
+    # Where the past is of no use, as much of the detail as is usually wavering goes (Wiener's rule).
+    detail = stylized - resize(blur(resize(stylized, small), 2.0), size)
+    wavering = (blend.clean * usual / (_power(detail, 2, small) + 1e-6)).clamp_max_(1)
+    steadied -= weigh(wavering * (1 - 1.6 * hold).clamp_min_(0), detail)
     if not bool(torch.isfinite(steadied.sum())):  # a model's NaN must not stay
         steadied, past.age = stylized, None
     past.output = steadied
     return steadied
+
+
+def _power(band: Tensor, radius: int, size: tuple[int, int]) -> Tensor:
+    """Local mean of squares of a picture's band, (1, 1, h, w)."""
+    return resize(box(total(band.square()), radius), size) / 3
 
 
 def likely(change: Tensor, trust: Tensor, surprise: float, floor: float) -> tuple[Tensor, float]:

@@ -91,6 +91,7 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
 
     Raises what ended the session, after the sinks are closed and the stats are written.
     """
+    from models.lane import frame_lane
     from models.load import load
 
     with Interrupts().installed() as interrupts, contextlib.ExitStack() as opened:
@@ -104,6 +105,7 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
         spec = source.spec
         size = (spec.width, spec.height)
         stylizer = load(job.model, size, job.engine, say, window=job.params.temporal.window)
+        frame_lane(job.params.temporal)  # what it lacks is said before any file is begun
         advice = stylizer.advice(job.params)
         told = [*job.notes, *source.warnings, *([advice] if advice else [])]
         for note in told:
