@@ -51,7 +51,7 @@ def distance(a: Picture, b: Picture) -> float:
 
 def test_weights_are_fp16_safetensors_of_at_most_16_mb() -> None:
     weights = sorted(FOLDER.rglob("*.safetensors"))
-    assert {p.parent.name for p in weights} == {"unet", "vae", "text_encoder"}
+    assert {p.parent.name for p in weights} == {"unet", "vae", "text_encoder", "motion_adapter"}
     assert sum(p.stat().st_size for p in weights) <= 16e6
     assert (FOLDER / "README.md").is_file()
 
