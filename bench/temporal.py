@@ -40,7 +40,7 @@ Clip = list[Picture]
 
 KEY_MS = 500.0  # a key's age on arrival in the third question, and the time to the next
 STRIP = 6  # pictures side by side
-REFINERS = ("analytic",)
+REFINERS = ("analytic", "learned")
 SAMPLED = 8
 FLOWS = 16
 BLURS = (0.4, 6.0)  # σ searched for the blur of equal E_warp, pixels
@@ -134,15 +134,16 @@ def _stylize(stylizers: dict[tuple[int, int], Stylizer], source: Clip, params: P
     return [stylizer.step(state, picture, params).image() for picture in source]
 
 
-def _lane(refiner: str) -> FrameLane:
-    return frame_lane(Temporal.model_validate({"refiner": refiner}))
+def _lane(refiner: str, scene: Scene) -> FrameLane:
+    height, width = scene.source[0].shape[:2]
+    return frame_lane(Temporal.model_validate({"refiner": refiner}), (width, height))
 
 
 def _steadied(scene: Scene, pictures: Clip, *, blur: bool = True) -> dict[str, Clip]:
     """The clip as it is, and by every means of steadying it."""
     out = {"frame-wise": pictures}
     for refiner in REFINERS:
-        lane = _lane(refiner)
+        lane = _lane(refiner, scene)
         out[refiner] = list(_every_frame(lane, scene.source, pictures))
     if blur:
         out["blur of equal E_warp"] = _equal_blur(scene, pictures, metrics.e_warp(out["analytic"], scene.motion))
@@ -171,7 +172,7 @@ def _blurred(pictures: Clip, sigma: float) -> Clip:
 
 def _late(scene: Scene) -> dict[str, Clip]:
     """What is shown when few frames are diffused, from the first late key's arrival on."""
-    lane, quarter = _lane("analytic"), []
+    lane, quarter = _lane("analytic", scene), []
     for index, (picture, stylized) in enumerate(zip(scene.source, scene.stylized, strict=True)):
         lane.advance(picture)
         if index % 4 == 0:
@@ -188,7 +189,7 @@ def _late(scene: Scene) -> dict[str, Clip]:
 def _reprojected(scene: Scene, refiner: str) -> Iterator[Picture]:
     from stream.clocks import FADE
 
-    lane, track = _lane(refiner), None
+    lane, track = _lane(refiner, scene), None
     for index, picture in enumerate(scene.source):
         lane.advance(picture)
         if index % scene.late == 0:

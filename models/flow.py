@@ -34,7 +34,7 @@ class Dis:
     steps.
     """
 
-    def __init__(self, finest: int = 1, refine: int = 5, descent: int = 16, stride: int = 4) -> None:
+    def __init__(self, finest: int = 1, refine: int = 2, descent: int = 12, stride: int = 4) -> None:
         self._search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
         self._search.setFinestScale(finest)
         self._search.setVariationalRefinementIterations(refine)
@@ -121,6 +121,11 @@ def validity(back: Tensor, forth: Tensor, now: Tensor, before: Tensor, trust: Tr
     `back` leads now → before and `forth` before → now. Four tests: both flows undo each other, the flow has no
     boundary, it stays inside, and the warped picture looks like the present one.
     """
+    return plausible(back, forth, now, trust) * likeness(now, sample(before, back), trust.photometric)
+
+
+def plausible(back: Tensor, forth: Tensor, now: Tensor, trust: Trust = Trust()) -> Tensor:
+    """The tests of the flow itself, (1, 1, H, W): 1 where it passes them, else 0."""
     length = total(back.square())
     undone = sample(forth, back)
     gap = total((back + undone).square())
@@ -132,7 +137,7 @@ def validity(back: Tensor, forth: Tensor, now: Tensor, before: Tensor, trust: Tr
     if trust.plain:
         light = grey(now)
         sure = torch.maximum(sure, (-erode(-light, 3) - erode(light, 3) < trust.plain).float())
-    return sure * inside(back) * likeness(now, sample(before, back), trust.photometric)
+    return sure * inside(back)
 
 
 def likeness(now: Tensor, carried: Tensor, sharpness: float) -> Tensor:

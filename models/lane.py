@@ -13,7 +13,7 @@ from torch import Tensor
 from models.filters import sample, to_image, to_picture, weigh
 from models.flow import Dis, flow_estimator
 from models.params import Temporal
-from models.reproject import Guide, Key, Motion, Track
+from models.reproject import Guide, Key, Motion, Track, scaled
 from models.stylizer import Stages
 from models.temporal import Past, refine
 
@@ -107,7 +107,8 @@ class FrameLane:
         else:
             held = motion.trust if before is None else motion.trust * sample(before, motion.flow)
             self._known = trust + (1 - trust) * FADING * held
-            return picture + weigh((1 - trust) * held, self._past.carried(motion) - picture)
+            carried = sample(self._past.output, scaled(motion.flow, (picture.shape[3], picture.shape[2])))
+            return picture + weigh((1 - trust) * held, carried - picture)
         return picture
 
 
@@ -123,7 +124,17 @@ def _quietly() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def frame_lane(temporal: Temporal) -> FrameLane:
-    """The frame lane that the settings ask for; UserError where a part of it is missing."""
+def frame_lane(temporal: Temporal, size: tuple[int, int]) -> FrameLane:
+    """The frame lane that the settings ask for, for pictures of (width, height); UserError where a part is missing."""
     guide = Guide(flow_estimator(temporal.flow), Dis(refine=0))
-    return FrameLane(guide, None if temporal.refiner == "off" else refine)
+    return FrameLane(guide, _refiner(temporal.refiner, size))
+
+
+def _refiner(name: str, size: tuple[int, int]) -> Refiner | None:
+    if name != "learned":
+        return None if name == "off" else refine
+    from accel.cache import default_root
+    from accel.select import choose
+    from models.refiner import load_refiner
+
+    return load_refiner(size, choose("auto").backend, default_root())

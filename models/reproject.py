@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.filters import box, resize, sample, total, warp, weigh
-from models.flow import FlowEstimator, Trust, compose, likeness, validity
+from models.flow import FlowEstimator, Trust, compose, likeness, plausible
 
 GUIDE = 2  # the source's motion is followed at 1/2 of the picture's size
 CELL = 8  # one affine map of colours per 8×8 pixels
@@ -66,7 +66,11 @@ class Guide:
         before = last[1]
         back = self.estimator(small, before)
         forth = self.check(before, small)
-        trust = validity(back, forth, small, before, TRUST)
+        coarse = (small.shape[3] // 2, small.shape[2] // 2)
+        sound = plausible(scaled(back, coarse), scaled(forth, coarse), resize(small, coarse), TRUST)
+        trust = resize(sound, (small.shape[3], small.shape[2])) * likeness(
+            small, sample(before, back), TRUST.photometric
+        )
         return Motion(back, trust, bool(trust.mean() < CUT), small, before)
 
 

@@ -20,6 +20,7 @@ from models.filters import blur, box, resize, sample, total, warp, weigh
 from models.reproject import Motion, scaled
 
 CHANCE = np.random.default_rng()
+COARSE = 2.0  # σ between the bands, guide pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,10 @@ class Blend:
 
     coarse: float = 0.9  # most that the carried picture weighs, coarse band
     fine: float = 0.9  # the same, fine band
-    surprise: float = 2.3  # times the usual wavering that a real change exceeds
-    floor: float = 0.02  # wavering of the coarse band that is always allowed for
-    floor_fine: float = 0.01  # of the fine band
-    clean: float = 0.45  # share of the wavering's variance that is taken to be the new picture's
+    surprise: float = 2.0  # times the usual wavering that a real change exceeds
+    floor: float = 0.035  # wavering of the coarse band that is always allowed for
+    floor_fine: float = 0.015  # of the fine band
+    clean: float = 0.3  # share of the wavering's variance that is taken to be the new picture's
     memory: float = 32.0  # frames a place's age is counted to
 
 
@@ -57,39 +58,43 @@ def refine(stylized: Tensor, motion: Motion | None, past: Past, blend: Blend = B
     if motion is None or motion.cut or past.output is None or past.output.shape != stylized.shape:
         past.output, past.age = stylized, None
         return stylized
-    size = (stylized.shape[3], stylized.shape[2])
     small = (motion.flow.shape[3], motion.flow.shape[2])
     apart = past.carried(motion) - stylized
-    coarse = blur(resize(apart, small), 2.0)
-    fine = apart - resize(coarse, size)
-    agree, _ = likely(total(coarse.square()) / 3, motion.trust, blend.surprise, blend.floor)
+    bands = resize(apart, small)
+    coarse = blur(bands, COARSE)
+    agree, _ = likely(total(coarse.square()), motion.trust, blend.surprise, blend.floor)
     trust = ((motion.trust * agree - 0.2) / 0.5).clamp_(0, 1)
     age = torch.ones_like(trust) if past.age is None else sample(past.age, motion.flow) + 1
     past.age = (age * trust).clamp_max_(blend.memory)
     hold = past.age / (past.age + 1)
-    agree, usual = likely(_power(fine, 1, small), motion.trust, blend.surprise, blend.floor_fine)
-    steadied = resize(hold.clamp_max(blend.coarse) * coarse, size)
-    steadied += weigh(hold.clamp_max(blend.fine) * agree, fine)
-    steadied += stylized
-    # Where the past is of no use, as much of the detail as is usually wavering goes (Wiener's rule).
-    detail = stylized - resize(blur(resize(stylized, small), 2.0), size)
-    wavering = (blend.clean * usual / (_power(detail, 2, small) + 1e-6)).clamp_max_(1)
-    steadied -= weigh(wavering * (1 - 1.6 * hold).clamp_min_(0), detail)
+    agree, usual = likely(power(bands - coarse, 1), motion.trust, blend.surprise, blend.floor_fine)
+    hold_fine = hold.clamp_max(blend.fine) * agree
+    steadied = stylized + weigh(hold_fine, apart)
+    moved = (hold.clamp_max(blend.coarse) - hold_fine) * coarse
+    if usual > blend.floor_fine**2:
+        # Where the past is of no use, as much of the detail as is usually wavering goes (Wiener's rule).
+        own = resize(stylized, small)
+        smooth = blur(own, COARSE)
+        wavering = (blend.clean * usual / (power(own - smooth, 2) + 1e-6)).clamp_max_(1)
+        wavering *= (1 - 1.6 * hold).clamp_min_(0)
+        steadied -= weigh(wavering, stylized)
+        moved += wavering * smooth
+    steadied += resize(moved, (stylized.shape[3], stylized.shape[2]))
     if not bool(torch.isfinite(steadied.sum())):  # a model's NaN must not stay
         steadied, past.age = stylized, None
     past.output = steadied
     return steadied
 
 
-def _power(band: Tensor, radius: int, size: tuple[int, int]) -> Tensor:
-    """Local mean of squares of a picture's band, (1, 1, h, w)."""
-    return resize(box(total(band.square()), radius), size) / 3
+def power(band: Tensor, radius: int) -> Tensor:
+    """Local mean of squares of a picture's band, summed over channels, (1, 1, h, w)."""
+    return box(total(band.square()), radius)
 
 
 def likely(change: Tensor, trust: Tensor, surprise: float, floor: float) -> tuple[Tensor, float]:
     """How likely squared changes (1, 1, h, w) are mere wavering, 0–1, and the wavering's usual variance."""
     seen = change[..., ::4, ::4][trust[..., ::4, ::4] > 0.5]
-    usual = float(seen.quantile(0.4)) * 1.7 if seen.numel() else 0.0
+    usual = 1.7 * float(seen.kthvalue(1 + int(0.4 * (seen.numel() - 1))).values) if seen.numel() else 0.0
     return torch.exp(-change / (2 * surprise**2 * (usual + floor**2))), usual
 
 

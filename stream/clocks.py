@@ -110,12 +110,12 @@ class Clocks:
         """The picture to show for a captured frame; `launched` is called when the next one may be fetched."""
         self.plan = plan(params.temporal, self.costs, self.plan, live=self.live, period_ms=self.period_ms)
         # A window of frames needs the frame lane too: it sees the cuts.
-        if self.plan.mode == "every-frame" and not _refined(params) and not params.temporal.window:
+        if self.plan.mode == "every-frame" and self._refiner(params) == "off" and not params.temporal.window:
             self._drop()
             key = self.style.now(state, image, params, launched)
             self.costs.add_style(key.took_ms)
             return Turn(key.image, {}, key, waited=True)
-        lane = self._follow(params)
+        lane = self._follow(params, image)
         lane.advance(image)
         self._cut |= lane.motion is not None and lane.motion.cut
         self._since += 1
@@ -144,14 +144,16 @@ class Clocks:
         lane.answer(track, key.image, FADE)
         return key
 
-    def _follow(self, params: Params) -> FrameLane:
-        """The frame lane for these settings."""
-        built = params.temporal.flow, params.temporal.refiner
+    def _follow(self, params: Params, image: NDArray[np.uint8]) -> FrameLane:
+        """The frame lane for these settings and pictures like this."""
+        refiner = self._refiner(params)
+        built = params.temporal.flow, refiner
         if self._lane is None or self._built != built:
             from models.lane import frame_lane
 
             self._drop()
-            self._lane = frame_lane(params.temporal)
+            temporal = params.temporal.model_copy(update={"refiner": refiner})
+            self._lane = frame_lane(temporal, (image.shape[1], image.shape[0]))
             self._built = built
         return self._lane
 
@@ -161,9 +163,10 @@ class Clocks:
             self._under_way[1].exception()  # its stream's memory is free again once it is through
         self._lane = self._under_way = None
 
-
-def _refined(params: Params) -> bool:
-    """Whether frames that are all diffused go through the refiner: where asked for, or where they would flicker."""
-    if params.temporal.refiner == "auto":
-        return params.style.seed_mode == "per-frame"
-    return params.temporal.refiner != "off"
+    def _refiner(self, params: Params) -> str:
+        """Which refiner frames go through: `auto` refines what would flicker, with the better one where time allows."""
+        if params.temporal.refiner != "auto":
+            return params.temporal.refiner
+        if self.plan.mode != "every-frame" or params.style.seed_mode == "fixed":
+            return "off"
+        return "analytic" if self.live else "learned"

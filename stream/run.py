@@ -105,7 +105,7 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
         spec = source.spec
         size = (spec.width, spec.height)
         stylizer = load(job.model, size, job.engine, say, window=job.params.temporal.window)
-        frame_lane(job.params.temporal)  # what it lacks is said before any file is begun
+        frame_lane(job.params.temporal, size)  # what it lacks is said before any file is begun
         advice = stylizer.advice(job.params)
         told = [*job.notes, *source.warnings, *([advice] if advice else [])]
         for note in told:

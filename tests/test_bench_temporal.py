@@ -47,7 +47,7 @@ def test_reprojection_is_nearer_to_every_frame_than_holding(report: dict[str, An
 def test_the_report_is_a_table_and_a_page_with_pictures(report: dict[str, Any]) -> None:
     assert "Known flicker" in text(report)
     page = html(report)
-    assert page.count("data:image/jpeg;base64,") == 8
+    assert page.count("data:image/jpeg;base64,") == 9
     assert "frames in a row" in page
 
 

@@ -278,9 +278,9 @@ def test_each_stage_of_a_frame_is_timed() -> None:
 
 
 def test_the_settings_choose_the_parts() -> None:
-    assert frame_lane(Temporal(refiner="off")).refiner is None
-    assert frame_lane(Temporal(refiner="analytic")).refiner is refine
-    assert isinstance(frame_lane(Temporal()).guide.estimator, Dis)
+    assert frame_lane(Temporal(refiner="off"), SIZE).refiner is None
+    assert frame_lane(Temporal(refiner="analytic"), SIZE).refiner is refine
+    assert isinstance(frame_lane(Temporal(), SIZE).guide.estimator, Dis)
 
 
 def test_a_flow_without_its_weights_is_the_users_error(
@@ -288,4 +288,4 @@ def test_a_flow_without_its_weights_is_the_users_error(
 ) -> None:
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path_factory.mktemp("hub")))
     with pytest.raises(UserError, match="raft-small"):
-        frame_lane(Temporal(flow="raft-small"))
+        frame_lane(Temporal(flow="raft-small"), SIZE)
