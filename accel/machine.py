@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+R = TypeVar("R")
 
 M_ARENA_MAX = -8  # of glibc's malloc.h
+NICE = 7
 
 
 def physical_cores() -> int:
@@ -42,6 +51,30 @@ def limit_arenas(count: int = 2) -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, count)
     except (AttributeError, OSError):  # another C library
         return
+
+
+def trim_memory() -> None:
+    """Give free memory back to the system, where the C library can: what a closed stream leaves behind is scattered."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):  # another C library
+        return
+
+
+def giving_way(function: Callable[[], R]) -> R:
+    """Call `function` in a thread of lower priority, and return its result.
+
+    On Linux the threads that it starts inherit that: a library's workers then let threads that must not wait go first.
+    """
+    if sys.platform != "linux":
+        return function()
+    with ThreadPoolExecutor(1, initializer=_give_way) as thread:
+        return thread.submit(function).result()
+
+
+def _give_way() -> None:
+    with contextlib.suppress(OSError):  # a container may forbid it
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 def _read(path: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from accel import cache as store
 from accel.engine import EngineSpec, TensorSpec, check
-from accel.machine import cpu_name, physical_cores
+from accel.machine import cpu_name, giving_way, physical_cores
 
 if TYPE_CHECKING:
     import openvino
@@ -66,8 +66,12 @@ class OpenVINOBackend:
     def load(self, module: Callable[[], nn.Module], spec: EngineSpec, cache: Path | None = None) -> OpenVINOEngine:
         """Import the engine from the cache folder, or trace, compile and store it.
 
-        Raises ValueError when the module's inputs or outputs are not those of the spec.
+        Raises ValueError when the module's inputs or outputs are not those of the spec. The engine's threads give way
+        to others of this process: a stream's frame lane must not wait for its model.
         """
+        return giving_way(lambda: self._load(module, spec, cache))
+
+    def _load(self, module: Callable[[], nn.Module], spec: EngineSpec, cache: Path | None) -> OpenVINOEngine:
         key = store.key_of(self.fingerprint, spec)
         compiled = self._imported(cache, key, spec) if cache else None
         if compiled is None:

@@ -304,7 +304,8 @@ def _write_report(report: dict[str, Any], json_file: Path | None, html_file: Pat
     if json_file:
         from stream.run import write_json
 
-        write_json(json_file, report)
+        sections = [section for section in report["sections"] if section["kind"] != "pictures"]  # they are for the page
+        write_json(json_file, report | {"sections": sections})
     if html_file:
         from bench.report import html
 

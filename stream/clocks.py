@@ -167,6 +167,6 @@ class Clocks:
         """Which refiner frames go through: `auto` refines what would flicker, with the better one where time allows."""
         if params.temporal.refiner != "auto":
             return params.temporal.refiner
-        if self.plan.mode != "every-frame" or params.style.seed_mode == "fixed":
+        if params.style.seed_mode == "fixed" and not params.debug.flicker:
             return "off"
         return "analytic" if self.live else "learned"

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from accel.machine import trim_memory
 from models.params import Params
 from stream.clocks import Clocks, StyleLane
 from stream.frame import Frame
@@ -88,6 +89,7 @@ class Worker(threading.Thread):
             if session.error is not None or session.inbox.drained:
                 self._lanes.popleft()
                 session.retire()
+                trim_memory()
                 return True
             self._lanes.rotate(-1)
             # Asking for room first keeps one slow file from holding up every other session.
