@@ -68,11 +68,14 @@ def giving_way(function: Callable[[], R]) -> R:
     """
     if sys.platform != "linux":
         return function()
-    with ThreadPoolExecutor(1, initializer=_give_way) as thread:
+    with ThreadPoolExecutor(1, initializer=give_way) as thread:
         return thread.submit(function).result()
 
 
-def _give_way() -> None:
+def give_way() -> None:
+    """Lower the priority of this thread for good, where threads have one of their own (Linux)."""
+    if sys.platform != "linux":
+        return
     with contextlib.suppress(OSError):  # a container may forbid it
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 

@@ -69,9 +69,13 @@ class FrameLane:
     def answer(self, track: Track, image: NDArray[np.uint8], fade: int = 1) -> None:
         """The picture that was asked for, (H, W, 3) uint8; it takes over within `fade` frames: 1/fade, 2/fade … 1."""
         with self.stages("key"), _quietly():
-            self._asked.remove(track)
-            self._older, self._key = self._key, Key(track, to_picture(image))
-            self._fade, self._shown = fade, 1
+            self.adopt(Key(track, to_picture(image)), fade)
+
+    def adopt(self, key: Key, fade: int = 1) -> None:
+        """The same with a key that was made elsewhere, see `made`."""
+        self._asked.remove(key.track)
+        self._older, self._key = self._key, key
+        self._fade, self._shown = fade, 1
 
     def show(self) -> NDArray[np.uint8]:
         """The picture for the present frame, (H, W, 3) uint8."""
@@ -110,6 +114,14 @@ class FrameLane:
             carried = sample(self._past.output, scaled(motion.flow, (picture.shape[3], picture.shape[2])))
             return picture + weigh((1 - trust) * held, carried - picture)
         return picture
+
+
+def made(track: Track, image: NDArray[np.uint8]) -> Key:
+    """A key of a frame that was asked for, with all that can be worked out ahead; in any thread."""
+    with _quietly():
+        key = Key(track, to_picture(image))
+        _ = key.residual
+        return key
 
 
 @contextmanager

@@ -28,7 +28,7 @@ class Blend:
     """How strongly the past holds."""
 
     coarse: float = 0.9  # most that the carried picture weighs, coarse band
-    fine: float = 0.9  # the same, fine band
+    fine: float = 0.86  # the same, fine band
     surprise: float = 2.0  # times the usual wavering that a real change exceeds
     floor: float = 0.035  # wavering of the coarse band that is always allowed for
     floor_fine: float = 0.015  # of the fine band

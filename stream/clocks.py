@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from accel.machine import give_way
 from stream.pacing import Costs, Plan, plan
 
 if TYPE_CHECKING:
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
     from models.lane import FrameLane
     from models.params import Params
-    from models.reproject import Track
+    from models.reproject import Key, Track
     from models.stylizer import State, Stylizer
 
-FADE = 4  # frames in which a key that came late takes over
+FADE = 2  # frames in which a key that came late takes over
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class StyleLane:
     def __init__(self, stylizer: Stylizer) -> None:
         self.stylizer = stylizer
         self._device = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="style")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="style", initializer=give_way)
 
     def now(
         self,
@@ -67,9 +68,18 @@ class StyleLane:
             picture = flickered(picture, params.debug.flicker)
         return Diffused(picture, dict(going.stages_ms), took)
 
-    def later(self, state: State, image: NDArray[np.uint8], params: Params, *, cut: bool) -> Future[Diffused]:
-        """The same in the style lane's own thread."""
-        return self._thread.submit(self.now, state, image, params, cut=cut)
+    def later(
+        self, state: State, image: NDArray[np.uint8], params: Params, track: Track, *, cut: bool
+    ) -> Future[tuple[Diffused, Key]]:
+        """The same in the style lane's own thread, made into the key of the frame that `track` follows."""
+
+        def diffuse() -> tuple[Diffused, Key]:
+            from models.lane import made
+
+            picture = self.now(state, image, params, cut=cut)
+            return picture, made(track, picture.image)
+
+        return self._thread.submit(diffuse)
 
     def close(self) -> None:
         """Let go of the thread; a picture under way is finished first."""
@@ -100,7 +110,7 @@ class Clocks:
     plan: Plan = field(default_factory=Plan)
     _lane: FrameLane | None = None
     _built: tuple[str, str] = ("", "")  # flow and refiner the lane was built with
-    _under_way: tuple[Track, Future[Diffused]] | None = None
+    _under_way: Future[tuple[Diffused, Key]] | None = None
     _since: int = 0  # frames since the last key
     _cut: bool = False  # another scene has begun since a frame was last diffused
 
@@ -125,8 +135,8 @@ class Clocks:
             arrived = self.style.now(state, image, params, launched, cut=self._cut)
             lane.answer(lane.ask(), arrived.image, self.plan.every)
             self._since, self._cut = 0, False
-        elif late and self._under_way is None:
-            self._under_way = lane.ask(), self.style.later(state, image, params, cut=self._cut)
+        elif late and self._under_way is None and not arrived:  # a frame's rest between two keys: neither is quick
+            self._under_way = self.style.later(state, image, params, lane.ask(), cut=self._cut)
             self._cut = False
         launched()
         picture = lane.show()
@@ -137,12 +147,12 @@ class Clocks:
 
     def _arrived(self, lane: FrameLane, *, wait: bool) -> Diffused | None:
         """Take in the key that was under way, if it is there."""
-        if self._under_way is None or not (wait or self._under_way[1].done()):
+        if self._under_way is None or not (wait or self._under_way.done()):
             return None
-        (track, future), self._under_way = self._under_way, None
-        key = future.result()
-        lane.answer(track, key.image, FADE)
-        return key
+        future, self._under_way = self._under_way, None
+        picture, key = future.result()
+        lane.adopt(key, FADE)
+        return picture
 
     def _follow(self, params: Params, image: NDArray[np.uint8]) -> FrameLane:
         """The frame lane for these settings and pictures like this."""
@@ -160,7 +170,7 @@ class Clocks:
     def _drop(self) -> None:
         """Leave the frame lane, and the key that is under way for it."""
         if self._under_way is not None:
-            self._under_way[1].exception()  # its stream's memory is free again once it is through
+            self._under_way.exception()  # its stream's memory is free again once it is through
         self._lane = self._under_way = None
 
     def _refiner(self, params: Params) -> str:

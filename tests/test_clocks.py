@@ -16,7 +16,10 @@ import torch
 from accel.errors import UserError
 from models import temporal
 from models.flow import Dis
+from models.lane import made
 from models.params import Params, Temporal
+from models.reproject import Key, Track
+from models.stylizer import State
 from stream.clocks import FADE, Clocks, Diffused, StyleLane, Turn
 from stream.config import patched
 from stream.pacing import Costs, Plan, affordable, plan
@@ -49,9 +52,9 @@ class Watched(StyleLane):
 
     def __init__(self, stylizer: Any) -> None:
         super().__init__(stylizer)
-        self.started: list[Future[Diffused]] = []
+        self.started: list[Future[tuple[Diffused, Key]]] = []
 
-    def later(self, *args: Any, **settings: Any) -> Future[Diffused]:
+    def later(self, *args: Any, **settings: Any) -> Future[tuple[Diffused, Key]]:
         self.started.append(super().later(*args, **settings))
         return self.started[-1]
 
@@ -59,9 +62,12 @@ class Watched(StyleLane):
 class Instant(StyleLane):
     """A device so fast that a key is there by the next frame."""
 
-    def later(self, *args: Any, **settings: Any) -> Future[Diffused]:
-        future: Future[Diffused] = Future()
-        future.set_result(self.now(*args, **settings))
+    def later(
+        self, state: State, image: Image, params: Params, track: Track, *, cut: bool
+    ) -> Future[tuple[Diffused, Key]]:
+        future: Future[tuple[Diffused, Key]] = Future()
+        picture = self.now(state, image, params, cut=cut)
+        future.set_result((picture, made(track, picture.image)))
         return future
 
 
@@ -234,6 +240,8 @@ class TestReproject:
         (arrival,) = turns(1)
         assert arrival.key is not None
         assert not arrival.waited
+        assert len(style.started) == 1  # a frame's rest
+        turns(1)
         assert len(style.started) == 2  # the next one is on its way
         style.close()
 
@@ -288,7 +296,8 @@ class TestReproject:
         assert stylizer.log == ["begin", "end", "begin"]
         gate.open.set()
         style.started[0].result(PATIENCE)
-        turn(texture(1))
+        turn(texture(1))  # the key comes in
+        turn(texture(1))  # the next one is begun
         style.started[1].result(PATIENCE)
         assert stylizer.log == ["begin", "end", "begin", "end", "forget", "begin", "end"]
         assert state.cuts == 1

@@ -57,8 +57,8 @@ def _same_flicker_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_noise_over_a_still_picture_falls_as_the_recursion_says(sigma: float) -> None:
     """A running mean at first, 1/n of the variance; in the long run (1 - w) / (1 + w).
 
-    With w = 0.9 that is 0.053. The fine band holds a little less, as part of any noise is taken for a change; measured:
-    0.07-0.09. The second frame is cleaned within itself too, as its past says little yet.
+    With w = 0.9 that is 0.053, with 0.86 0.075. The fine band holds a little less, as part of any noise is taken for
+    a change; measured: 0.07-0.1. The second frame is cleaned within itself too, as its past says little yet.
     """
     clean, past = to_picture(texture()), Past()
     left = []
@@ -67,7 +67,7 @@ def test_noise_over_a_still_picture_falls_as_the_recursion_says(sigma: float) ->
         left.append(float((output - clean).square().mean()) / sigma**2)
     np.testing.assert_allclose(left[:6], 1 / np.arange(1, 7), rtol=0.2)
     assert left[1] < 0.5
-    assert 0.05 < np.mean(left[30:]) < 0.1
+    assert 0.05 < np.mean(left[30:]) < 0.12
 
 
 @pytest.mark.parametrize("step", [(0, 0), (2, -1), (3, 2)])
