@@ -131,9 +131,9 @@ class Clocks:
         self._since += 1
         late = self.plan.mode == "reproject" and lane.ready
         arrived = self._arrived(lane, wait=not late)
-        if not late and (self._since >= self.plan.every or not lane.ready):
+        if not late and (self._since >= self.plan.every or self._cut or not lane.ready):
             arrived = self.style.now(state, image, params, launched, cut=self._cut)
-            lane.answer(lane.ask(), arrived.image, self.plan.every)
+            lane.answer(lane.ask(), arrived.image, 1 if self._cut else self.plan.every)
             self._since, self._cut = 0, False
         elif late and self._under_way is None and not arrived:  # a frame's rest between two keys: neither is quick
             self._under_way = self.style.later(state, image, params, lane.ask(), cut=self._cut)
