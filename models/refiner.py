@@ -114,9 +114,9 @@ class LearnedRefiner:
 
     def __call__(self, stylized: Tensor, motion: Motion | None, past: Past) -> Tensor:
         """The steadied picture (1, 3, H, W) in [0, 1]; `past` moves on by one frame."""
-        if motion is None or motion.cut or past.output is None or past.output.shape != stylized.shape:
-            past.output, past.age = stylized, None
-            return stylized
+        motion = past.since(motion, stylized)
+        if motion is None:
+            return past.begin(stylized)
         size = (stylized.shape[3], stylized.shape[2])
         apart = past.carried(motion) - stylized
         cells = resize(apart, (size[0] // CELL, size[1] // CELL))
@@ -130,7 +130,7 @@ class LearnedRefiner:
         move = resize(move, size)
         past.output = (stylized + move[:, :3]).addcmul_(move[:, 3:], apart).clamp_(0, 1)
         if not bool(torch.isfinite(past.output.sum())):  # a model's NaN must not stay
-            past.output, past.age = stylized, None
+            return past.begin(stylized)
         return past.output
 
 

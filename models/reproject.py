@@ -152,6 +152,11 @@ class Key:
         return fit_tint(self.track.picture, self.stylized)
 
     @cached_property
+    def overall(self) -> Tint:
+        """One map of colours for the whole picture."""
+        return fit_tint(self.track.picture, self.stylized, max(self.tint.offset.shape[2:]))
+
+    @cached_property
     def residual(self) -> Tensor:
         """What the tint does not say of the key, (1, 3, H, W)."""
         return self.stylized - tinted(self.tint, self.track.picture, self.track.small)
@@ -163,9 +168,7 @@ class Key:
         """
         track = self.track
         if track.cut:
-            everywhere = max(self.tint.offset.shape[2:])
-            tint = fit_tint(track.picture, self.stylized, everywhere)
-            return tinted(tint, picture, small), torch.zeros_like(small[:, :1])
+            return tinted(self.overall, picture, small), torch.zeros_like(small[:, :1])
         if track.flow is None or track.trust is None:
             return self.stylized, None
         trust = track.trust * likeness(small, sample(track.small, track.flow), FORGIVING)

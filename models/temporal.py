@@ -44,6 +44,17 @@ class Past:
     age: Tensor | None = None  # frames each place has agreed for, (1, 1, h, w)
     _carried: tuple[Motion, Tensor] | None = None
 
+    def since(self, motion: Motion | None, stylized: Tensor) -> Motion | None:
+        """The motion since the last output; None where nothing of that holds: the first frame, a cut, another size."""
+        if motion is None or motion.cut or self.output is None or self.output.shape != stylized.shape:
+            return None
+        return motion
+
+    def begin(self, stylized: Tensor) -> Tensor:
+        """Forget all, and take this picture as it is."""
+        self.output, self.age = stylized, None
+        return stylized
+
     def carried(self, motion: Motion) -> Tensor:
         """The last output as it lies now, (1, 3, H, W); worked out once per frame."""
         assert self.output is not None
@@ -55,9 +66,9 @@ class Past:
 
 def refine(stylized: Tensor, motion: Motion | None, past: Past, blend: Blend = Blend()) -> Tensor:
     """The steadied picture (1, 3, H, W); `past` moves on by one frame."""
-    if motion is None or motion.cut or past.output is None or past.output.shape != stylized.shape:
-        past.output, past.age = stylized, None
-        return stylized
+    motion = past.since(motion, stylized)
+    if motion is None:
+        return past.begin(stylized)
     small = (motion.flow.shape[3], motion.flow.shape[2])
     apart = past.carried(motion) - stylized
     bands = resize(apart, small)
@@ -81,7 +92,7 @@ def refine(stylized: Tensor, motion: Motion | None, past: Past, blend: Blend = B
         moved += wavering * smooth
     steadied += resize(moved, (stylized.shape[3], stylized.shape[2]))
     if not bool(torch.isfinite(steadied.sum())):  # a model's NaN must not stay
-        steadied, past.age = stylized, None
+        return past.begin(stylized)
     past.output = steadied
     return steadied
 

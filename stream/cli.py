@@ -187,8 +187,7 @@ def bench_latency(
 
     _check_reports(json_file, html_file)
     report = latency.measure(source, model, tuple(engine or ("openvino", "torch")), parse_size(size)[0], frames, _say)
-    print(latency.text(report))
-    _write_report(report, json_file, html_file)
+    _publish(report, json_file, html_file)
 
 
 @bench_app.command("engines")
@@ -201,14 +200,12 @@ def bench_engines(
     html_file: HtmlFile = None,
 ) -> None:
     """Every network of a model on every engine of this machine: time, and difference from the reference."""
-    from bench.latency import text
     from bench.networks import measure_model
     from stream.config import parse_size
 
     _check_reports(json_file, html_file)
     report = measure_model(model, parse_size(size)[0], tuple(engine or ()), launches, _say)
-    print(text(report))
-    _write_report(report, json_file, html_file)
+    _publish(report, json_file, html_file)
 
 
 @bench_app.command("temporal")
@@ -226,14 +223,12 @@ def bench_temporal(
 ) -> None:
     """How steady the picture is: the refiner against flicker, late keys against diffusing every frame."""
     from bench import temporal
-    from bench.latency import text
     from stream.config import parse_size
 
     _check_reports(json_file, html_file)
     box = parse_size(size)[0]
     report = temporal.measure(tuple(sources or ["demo"]), model, engine, box, frames, prompt, _say)
-    print(text(report))
-    _write_report(report, json_file, html_file)
+    _publish(report, json_file, html_file)
 
 
 def version() -> str:
@@ -300,7 +295,10 @@ def _check_reports(*paths: Path | None) -> None:
             check_report(path)
 
 
-def _write_report(report: dict[str, Any], json_file: Path | None, html_file: Path | None) -> None:
+def _publish(report: dict[str, Any], json_file: Path | None, html_file: Path | None) -> None:
+    from bench.latency import text
+
+    print(text(report))
     if json_file:
         from stream.run import write_json
 
