@@ -25,6 +25,12 @@ def to_picture(image: NDArray[np.uint8]) -> Tensor:
     return to_tensor(cv2.multiply(image, SCALE, dtype=cv2.CV_32F))
 
 
+def halved(image: NDArray[np.uint8]) -> Tensor:
+    """(H, W, 3) uint8 → (1, 3, H/2, W/2) float in [0, 1], averaged."""
+    height, width = image.shape[:2]
+    return to_picture(np.asarray(cv2.resize(image, (width // 2, height // 2), interpolation=cv2.INTER_AREA), np.uint8))
+
+
 def to_image(picture: Tensor) -> NDArray[np.uint8]:
     """(1, 3, H, W) float in [0, 1] → (H, W, 3) uint8, rounded."""
     image: NDArray[Any] = cv2.multiply(to_pixels(picture.cpu()), UNSCALE, dtype=cv2.CV_8U)
@@ -105,8 +111,8 @@ def grey(picture: Tensor) -> Tensor:
 
 
 def sample(field: Tensor, flow: Tensor) -> Tensor:
-    """Bilinear backward warp, for flows and masks: out(p) = field(p + flow(p)), edges repeated."""
-    if field.device.type == "cpu":
+    """Bilinear backward warp, for flows, masks and latents: out(p) = field(p + flow(p)), edges repeated."""
+    if field.device.type == "cpu" and field.shape[1] <= 4:  # OpenCV knows no more channels
         return to_tensor(_remap(to_pixels(field), _places(flow), cv2.INTER_LINEAR))
     return F.grid_sample(field, _grid(_torch_places(flow)), "bilinear", "border", False)
 

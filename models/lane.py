@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.filters import sample, to_image, to_picture, weigh
+from models.filters import halved, sample, to_image, to_picture, weigh
 from models.flow import Dis, flow_estimator
 from models.params import Temporal
 from models.reproject import Guide, Key, Motion, Track, scaled
@@ -35,6 +35,7 @@ class FrameLane:
         self.refiner = refiner
         self.motion: Motion | None = None
         self.stages = Stages()  # of the present frame
+        self._size = (0, 0)  # of the present frame, (width, height)
         self._past = Past()
         self._known: Tensor | None = None  # where the last output showed a key or something carried from one
         self._key: Key | None = None
@@ -48,11 +49,17 @@ class FrameLane:
         """Whether there is anything to show: a first key has come."""
         return self._key is not None
 
+    @property
+    def moved(self) -> Tensor | None:
+        """The motion since the frame of the newest key, (1, 2, h, w); None where there is none that holds."""
+        return self._key.track.flow if self._key and not self._key.track.cut else None
+
     def advance(self, image: NDArray[np.uint8]) -> None:
         """A frame was captured, (H, W, 3) uint8."""
         self.stages = Stages()
+        self._size = (image.shape[1], image.shape[0])
         with self.stages("flow"), _quietly():
-            self.motion = self.guide.advance(to_picture(image))
+            self.motion = self.guide.advance(halved(image))
             self._shown += 1
             tracks = [key.track for key in (self._key, self._older) if key]
             for track in (*tracks, *self._asked):
@@ -63,7 +70,7 @@ class FrameLane:
 
     def ask(self) -> Track:
         """The present frame is to be diffused."""
-        self._asked.append(Track(*self.guide.frame))
+        self._asked.append(Track(self.guide.frame))
         return self._asked[-1]
 
     def answer(self, track: Track, image: NDArray[np.uint8], fade: int = 1) -> None:
@@ -91,12 +98,12 @@ class FrameLane:
     def _keys_now(self) -> tuple[Tensor, Tensor | None]:
         """What the newest key says, the one before fading out beneath it."""
         assert self._key is not None, "show before the first answer"
-        picture, trust = self._key.now(*self.guide.frame)
+        picture, trust = self._key.now(self.guide.frame, self._size)
         weight = self._shown / self._fade
         if weight >= 1 or self._older is None:
             self._older = None
             return picture, trust
-        before, trust_before = self._older.now(*self.guide.frame)
+        before, trust_before = self._older.now(self.guide.frame, self._size)
         if trust is not None and trust_before is not None:
             trust = torch.lerp(trust_before, trust, weight)
         return torch.lerp(before, picture, weight), trust
@@ -111,7 +118,7 @@ class FrameLane:
         else:
             held = motion.trust if before is None else motion.trust * sample(before, motion.flow)
             self._known = trust + (1 - trust) * FADING * held
-            carried = sample(self._past.output, scaled(motion.flow, (picture.shape[3], picture.shape[2])))
+            carried = sample(self._past.output, scaled(motion.flow, self._size))
             return picture + weigh((1 - trust) * held, carried - picture)
         return picture
 

@@ -28,7 +28,7 @@ def compiled_graphs(model: str, size: tuple[int, int]) -> dict[str, Graph]:
     return graphs(folder_of(model), size)
 
 
-def window_of(folder: Folder, length: int) -> Window | None:
+def window_of(folder: Folder, length: int, refresh: int = 0) -> Window | None:
     """The rolling window of so many frames, None for 0; UserError where the model cannot have it."""
     if not length:
         return None
@@ -39,7 +39,11 @@ def window_of(folder: Folder, length: int) -> Window | None:
         )
     if length == 1:
         raise UserError("a window of one frame shows nothing of the past", hint="temporal.window=0, or 2 and more")
-    return Window.of(length)
+    if refresh > length // 2:
+        raise UserError(
+            f"temporal.refresh = {refresh} of a window of {length} frames", hint="at most half of temporal.window"
+        )
+    return Window.of(length, refresh=refresh)
 
 
 def quiet_libraries() -> None:
@@ -60,6 +64,7 @@ def load(
     *,
     as_bytes: bool = True,
     window: int = 0,
+    refresh: int = 0,
 ) -> LatentStylizer:
     """Compile a model for pictures of (width, height), or take its engines from the cache.
 
@@ -74,7 +79,7 @@ def load(
 
     quiet_libraries()
     folder = folder_of(model)
-    seen = window_of(folder, window)
+    seen = window_of(folder, window, refresh)
     choice = choose(engine)
     log(choice.reason)
     backend, cache = choice.backend, default_root()

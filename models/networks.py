@@ -222,13 +222,14 @@ def graphs(
         picture = TensorSpec("picture", (1, height, width, 3), "uint8")
     vae_print, unet_print = folder.fingerprint("vae"), folder.fingerprint("unet")
     inputs = [
-        TensorSpec("z", (1, int(unet["in_channels"]), *latent[2:])),
+        TensorSpec("z", (window.block if window else 1, int(unet["in_channels"]), *latent[2:])),
         TensorSpec("t", (1,)),
         TensorSpec("words", (1, int(text["max_position_embeddings"]), int(unet["cross_attention_dim"]))),
     ]
     if unet.get("time_cond_proj_dim"):
         inputs.append(TensorSpec("guidance", (1, int(unet["time_cond_proj_dim"]))))
-    outputs, only = [TensorSpec("output", latent)], folder.motion_modules() if window else None
+    outputs = [TensorSpec("output", (inputs[0].shape[0], *latent[1:]))]
+    only = folder.motion_modules() if window else None
     if window:
         motion_in, motion_out = motion_specs(folder.bare_adapter(), latent[2:], window, only=only)
         inputs += motion_in

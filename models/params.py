@@ -23,9 +23,10 @@ class Style(_Section):
         float, Field(ge=0, le=10, description="how much to hold on to the camera picture (guidance > 1)")
     ] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**32, description="noise seed")] = 1
-    seed_mode: Annotated[Literal["fixed", "per-frame"], Field(description="same noise for every frame, or new")] = (
-        "fixed"
-    )
+    seed_mode: Annotated[
+        Literal["fixed", "per-frame", "flow"],
+        Field(description="same noise for every frame, new noise, or noise that moves with the scene"),
+    ] = "fixed"
 
 
 class Temporal(_Section):
@@ -47,6 +48,12 @@ class Temporal(_Section):
     flow: Annotated[Literal["dis", "raft-small", "raft-large"], Field(description="optical flow estimator")] = "dis"
     window: Annotated[int, Field(ge=0, le=16, description="frames of the rolling AnimateDiff buffer; 0 = off")] = 0
     motion_scale: Annotated[float, Field(ge=0, le=2, description="how much the rolling buffer counts")] = 1.0
+    refresh: Annotated[
+        int, Field(ge=0, le=8, description="newest frames of the rolling buffer that are computed again each time")
+    ] = 0
+    feedback: Annotated[
+        float, Field(ge=0, le=0.4, description="how much each frame starts from the last result (strength < 1)")
+    ] = 0.0
 
 
 class Debug(_Section):

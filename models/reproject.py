@@ -41,7 +41,7 @@ class Motion:
 
 
 class Guide:
-    """Follows a source: its present frame at full and at guide size, and the motion since the one before.
+    """Follows a source at guide size: its present frame, and the motion since the one before.
 
     `check` may be a cheaper estimator; it makes the flow the other way, which only tells how far the first one holds.
     """
@@ -49,21 +49,19 @@ class Guide:
     def __init__(self, estimator: FlowEstimator, check: FlowEstimator | None = None) -> None:
         self.estimator = estimator
         self.check = check or estimator
-        self._frame: tuple[Tensor, Tensor] | None = None
+        self._frame: Tensor | None = None
 
     @property
-    def frame(self) -> tuple[Tensor, Tensor]:
-        """The present source frame (1, 3, H, W), and the same at guide size."""
+    def frame(self) -> Tensor:
+        """The present source frame, (1, 3, h, w)."""
         assert self._frame is not None, "before the first frame"
         return self._frame
 
-    def advance(self, picture: Tensor) -> Motion | None:
-        """Take in the next frame; None for the first one, or after a change of size."""
-        small = resize(picture, (picture.shape[3] // GUIDE, picture.shape[2] // GUIDE))
-        last, self._frame = self._frame, (picture, small)
-        if last is None or last[0].shape != picture.shape:
+    def advance(self, small: Tensor) -> Motion | None:
+        """Take in the next frame, `GUIDE` times smaller; None for the first one, or after a change of size."""
+        before, self._frame = self._frame, small
+        if before is None or before.shape != small.shape:
             return None
-        before = last[1]
         back = self.estimator(small, before)
         forth = self.check(before, small)
         coarse = (small.shape[3] // 2, small.shape[2] // 2)
@@ -78,8 +76,7 @@ class Guide:
 class Track:
     """The way back from the present frame to one source frame, kept up to date frame by frame."""
 
-    picture: Tensor  # that frame, (1, 3, H, W)
-    small: Tensor  # the same at guide size
+    frame: Tensor  # that one, (1, 3, h, w)
     flow: Tensor | None = None  # now → that frame; None: it is the present one
     trust: Tensor | None = None
     cut: bool = False  # the scene has changed since
@@ -117,8 +114,8 @@ class Tint:
 
 
 def fit_tint(source: Tensor, stylized: Tensor, reach: int = REACH) -> Tint:
-    """Least squares over (2·reach + 1)² cells, with a ridge of STIFFNESS."""
-    size = (source.shape[3] // CELL, source.shape[2] // CELL)
+    """Least squares over (2·reach + 1)² cells, with a ridge of STIFFNESS; the source may be of another size."""
+    size = (stylized.shape[3] // CELL, stylized.shape[2] // CELL)
     x, y = resize(source, size), resize(stylized, size)
     mean_x, mean_y = box(x, reach), box(y, reach)
 
@@ -135,9 +132,9 @@ def fit_tint(source: Tensor, stylized: Tensor, reach: int = REACH) -> Tint:
     return Tint(cast(tuple[Tensor, Tensor, Tensor], tuple(rows)), box(offset, reach))
 
 
-def tinted(tint: Tint, picture: Tensor, small: Tensor) -> Tensor:
-    """A source frame in the style's colours, from its small picture: fine detail is the style's, in the residual."""
-    return resize(tint(small), (picture.shape[3], picture.shape[2]))
+def tinted(tint: Tint, frame: Tensor, size: tuple[int, int]) -> Tensor:
+    """A source frame in the style's colours at (width, height): what it has of detail is the style's, in the residual."""
+    return resize(tint(frame), size)
 
 
 class Key:
@@ -149,31 +146,31 @@ class Key:
 
     @cached_property
     def tint(self) -> Tint:
-        return fit_tint(self.track.picture, self.stylized)
+        return fit_tint(self.track.frame, self.stylized)
 
     @cached_property
     def overall(self) -> Tint:
         """One map of colours for the whole picture."""
-        return fit_tint(self.track.picture, self.stylized, max(self.tint.offset.shape[2:]))
+        return fit_tint(self.track.frame, self.stylized, max(self.tint.offset.shape[2:]))
 
     @cached_property
     def residual(self) -> Tensor:
         """What the tint does not say of the key, (1, 3, H, W)."""
-        return self.stylized - tinted(self.tint, self.track.picture, self.track.small)
+        return self.stylized - tinted(self.tint, self.track.frame, (self.stylized.shape[3], self.stylized.shape[2]))
 
-    def now(self, picture: Tensor, small: Tensor) -> tuple[Tensor, Tensor | None]:
+    def now(self, frame: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """What this key says about the present source frame, and how far that is its own, (1, 1, h, w); None: wholly.
 
-        After a cut only the colours of the style are left.
+        `frame` is at guide size, the result at `size`, (width, height). After a cut only the colours of the style are left.
         """
         track = self.track
         if track.cut:
-            return tinted(self.overall, picture, small), torch.zeros_like(small[:, :1])
+            return tinted(self.overall, frame, size), torch.zeros_like(frame[:, :1])
         if track.flow is None or track.trust is None:
             return self.stylized, None
-        trust = track.trust * likeness(small, sample(track.small, track.flow), FORGIVING)
-        carried = warp(self.residual, scaled(track.flow, (picture.shape[3], picture.shape[2])))
-        return tinted(self.tint.carried(track.flow), picture, small).add_(weigh(trust, carried)), trust
+        trust = track.trust * likeness(frame, sample(track.frame, track.flow), FORGIVING)
+        carried = warp(self.residual, scaled(track.flow, size))
+        return tinted(self.tint.carried(track.flow), frame, size).add_(weigh(trust, carried)), trust
 
 
 def scaled(flow: Tensor, size: tuple[int, int]) -> Tensor:

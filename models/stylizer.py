@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.denoise import Conditioning, denoise, start
+from models.filters import sample
+from models.flow import compose
 from models.params import Params, Style
+from models.reproject import scaled
 from models.rolling import Rolling
 from models.schedule import Schedule, consistency_schedule
 from models.text import TextEncoder, unknown_words
@@ -50,6 +53,10 @@ class Stylizer(Protocol):
         """Take the next frame as the first of a shot; the stream's settings and noise stay."""
         ...
 
+    def moved(self, state: State, flow: Tensor) -> None:
+        """The next frame's scene has moved since the last one stepped: backward flow (1, 2, h, w) of any size."""
+        ...
+
     def advice(self, params: Params) -> str:
         """One line on what the model will not understand of these settings, or ""."""
         ...
@@ -72,6 +79,9 @@ class State:
     prepared: Prepared
     generator: torch.Generator = field(default_factory=torch.Generator)
     noises: tuple[Tensor, ...] = ()  # the start's and those between steps
+    travel: Tensor | None = None  # latent pixels back to where the shot's noise lies, (1, 2, H/8, W/8)
+    moved: Tensor | None = None  # the same back to the last frame
+    latents: Tensor | None = None  # what became of the last frame, (1, C, H/8, W/8)
     rolling: Rolling | None = None  # of a model with a window, from its first frame on; a row per call of the UNet
 
 
@@ -207,7 +217,13 @@ class LatentStylizer:
                 image_guidance=style.image_guidance,
             )
             pure = net.concatenates and style.strength >= 1
-            z = start(net.scaling * (raw - net.shift), state.noises[0], schedule.steps[0], pure=pure)
+            source = net.scaling * (raw - net.shift)
+            if params.temporal.feedback:
+                source = fed_back(source, state.latents, state.moved, params.temporal.feedback)
+            noises = state.noises
+            if style.seed_mode == "flow":
+                noises = tuple(drifted(noise, state.travel) for noise in noises)
+            z = start(source, noises[0], schedule.steps[0], pure=pure)
             extra = (guidance_embedding(style.guidance - 1, net.guidance_width),) if distilled else ()
             rolling = self._window(state, len(schedule.steps) * cond.passes)
             scale, calls = params.temporal.motion_scale, count()
@@ -219,21 +235,30 @@ class LatentStylizer:
                     return net.unet(*inputs)[0].clone()
                 row = next(calls)
                 one = range(row, row + 1)
-                output, *new = net.unet(*inputs, *rolling.inputs(scale, one))
+                block, *rest = inputs
+                output, *new = net.unet(rolling.join(block, one), *rest, *rolling.inputs(scale, one))
                 rolling.commit(new, one)
-                return output.clone()
+                return rolling.newest(output).clone()
 
         unet_before = stages.ms.get("unet", 0.0)
         with stages("schedule"):
-            z = denoise(network, z, schedule, cond, state.noises[1:])
+            z = denoise(network, z, schedule, cond, noises[1:])
+            state.latents, state.moved = z, None
             latents = z / net.scaling + net.shift
         stages.ms["schedule"] -= stages.ms["unet"] - unet_before  # timed around the network's own time
         return latents
 
     def forget(self, state: State) -> None:
-        """Start the stream's window of frames anew; nothing to do without one."""
+        """Start the stream's window of frames anew, and leave noise and results where they were."""
         if state.rolling:
             state.rolling.reset()
+        state.travel = state.moved = state.latents = None
+
+    def moved(self, state: State, flow: Tensor) -> None:
+        """The next frame's scene has moved since the last one stepped: backward flow (1, 2, h, w) of any size."""
+        rows, columns = self.networks.latent_shape[2:]
+        state.moved = scaled(flow, (columns, rows))
+        state.travel = state.moved if state.travel is None else compose(state.moved, state.travel)
 
     def advice(self, params: Params) -> str:
         """One line on words the model does not know or cannot reach, or ""."""
@@ -247,6 +272,8 @@ class LatentStylizer:
                 return f"words this model does not know: {', '.join(strange)}"
         if self.networks.text.is_cut(prompt):
             return "the prompt is longer than this model reads; its end is ignored"
+        if params.temporal.feedback and self.networks.concatenates and params.style.strength >= 1:
+            return "temporal.feedback does nothing at strength 1: frames start from noise alone"
         return ""
 
     def _follow(self, state: State, style: Style) -> Prepared:
@@ -283,6 +310,28 @@ class LatentStylizer:
         if renew or style.seed_mode == "per-frame":
             shape = self.networks.latent_shape
             state.noises = tuple(torch.randn(shape, generator=state.generator) for _ in range(style.steps))
+
+
+def drifted(noise: Tensor, travel: Tensor | None) -> Tensor:
+    """Noise (1, C, h, w) that has gone with the scene: taken whole from where each place was when the shot began.
+
+    Values are moved, never mixed, so they stay Gaussian; what comes into view wears noise from the other edge.
+    """
+    if travel is None:
+        return noise
+    height, width = noise.shape[2:]
+    x = (torch.arange(width) + travel[0, 0]).round().long() % width
+    y = (torch.arange(height)[:, None] + travel[0, 1]).round().long() % height
+    return noise[:, :, y, x]
+
+
+def fed_back(source: Tensor, before: Tensor | None, moved: Tensor | None, share: float) -> Tensor:
+    """The source latent with a share of the last result's, carried along the motion, (1, C, h, w)."""
+    if before is None or before.shape != source.shape:
+        return source
+    if moved is not None:
+        before = sample(before, moved)
+    return torch.lerp(source, before, share)
 
 
 def guidance_embedding(scale: float, width: int) -> Tensor:

@@ -15,6 +15,7 @@ from stream.pacing import Costs, Plan, plan
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from models.lane import FrameLane
     from models.params import Params
@@ -33,13 +34,27 @@ class Diffused:
     took_ms: float
 
 
-class StyleLane:
-    """Where pictures are diffused, one at a time: in the caller's turn, or in a thread that nobody waits for."""
+class Device:
+    """What diffuses one picture at a time, whichever model it is for, and a thread to wait for it in."""
 
-    def __init__(self, stylizer: Stylizer) -> None:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="style", initializer=give_way)
+
+    def close(self) -> None:
+        """Let go of the thread; a picture under way is finished first."""
+        self.thread.shutdown()
+
+
+class StyleLane:
+    """Where pictures are diffused, one at a time: in the caller's turn, or in a thread that nobody waits for.
+
+    The lanes of one device's models share it.
+    """
+
+    def __init__(self, stylizer: Stylizer, device: Device | None = None) -> None:
         self.stylizer = stylizer
-        self._device = threading.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="style", initializer=give_way)
+        self.device = device or Device()
 
     def now(
         self,
@@ -49,12 +64,18 @@ class StyleLane:
         launched: Callable[[], None] = lambda: None,
         *,
         cut: bool = False,
+        moved: Tensor | None = None,
     ) -> Diffused:
-        """Diffuse one picture; `launched` is called while its last network still runs. `cut`: another scene begins."""
-        with self._device:
+        """Diffuse one picture; `launched` is called while its last network still runs.
+
+        `cut`: another scene begins. `moved`: the flow back to the picture diffused before this one.
+        """
+        with self.device.lock:
             started = time.perf_counter()
             if cut:
                 self.stylizer.forget(state)
+            elif moved is not None:
+                self.stylizer.moved(state, moved)
             going = self.stylizer.step(state, image, params)
             launched()
             going.wait()
@@ -69,21 +90,28 @@ class StyleLane:
         return Diffused(picture, dict(going.stages_ms), took)
 
     def later(
-        self, state: State, image: NDArray[np.uint8], params: Params, track: Track, *, cut: bool
+        self,
+        state: State,
+        image: NDArray[np.uint8],
+        params: Params,
+        track: Track,
+        *,
+        cut: bool,
+        moved: Tensor | None = None,
     ) -> Future[tuple[Diffused, Key]]:
         """The same in the style lane's own thread, made into the key of the frame that `track` follows."""
 
         def diffuse() -> tuple[Diffused, Key]:
             from models.lane import made
 
-            picture = self.now(state, image, params, cut=cut)
+            picture = self.now(state, image, params, cut=cut, moved=moved)
             return picture, made(track, picture.image)
 
-        return self._thread.submit(diffuse)
+        return self.device.thread.submit(diffuse)
 
     def close(self) -> None:
-        """Let go of the thread; a picture under way is finished first."""
-        self._thread.shutdown()
+        """Let go of the device's thread; a picture under way is finished first."""
+        self.device.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +124,23 @@ class Turn:
     waited: bool = False  # for that picture: its stages are part of this frame's time
 
 
+def remembers(params: Params) -> bool:
+    """Whether the model uses what came before, and must be told of cuts and motion by the frame lane."""
+    temporal = params.temporal
+    return bool(temporal.window or temporal.feedback) or params.style.seed_mode == "flow"
+
+
 @dataclass(slots=True)
 class Clocks:
     """One session's two clocks; the worker thread's own.
 
-    `period_ms` is the time between two frames of the source, where it is live.
+    `period_ms` is the time between two frames of the source, where it is live; the sessions in turn share it.
     """
 
     style: StyleLane
     live: bool
     period_ms: float
+    share: int = 1  # how many sessions take turns on the device
     costs: Costs = field(default_factory=Costs)
     plan: Plan = field(default_factory=Plan)
     _lane: FrameLane | None = None
@@ -118,9 +153,9 @@ class Clocks:
         self, state: State, image: NDArray[np.uint8], params: Params, launched: Callable[[], None] = lambda: None
     ) -> Turn:
         """The picture to show for a captured frame; `launched` is called when the next one may be fetched."""
-        self.plan = plan(params.temporal, self.costs, self.plan, live=self.live, period_ms=self.period_ms)
-        # A window of frames needs the frame lane too: it sees the cuts.
-        if self.plan.mode == "every-frame" and self._refiner(params) == "off" and not params.temporal.window:
+        period_ms = self.period_ms / self.share
+        self.plan = plan(params.temporal, self.costs, self.plan, live=self.live, period_ms=period_ms)
+        if self.plan.mode == "every-frame" and self._refiner(params) == "off" and not remembers(params):
             self._drop()
             key = self.style.now(state, image, params, launched)
             self.costs.add_style(key.took_ms)
@@ -132,11 +167,11 @@ class Clocks:
         late = self.plan.mode == "reproject" and lane.ready
         arrived = self._arrived(lane, wait=not late)
         if not late and (self._since >= self.plan.every or self._cut or not lane.ready):
-            arrived = self.style.now(state, image, params, launched, cut=self._cut)
+            arrived = self.style.now(state, image, params, launched, cut=self._cut, moved=lane.moved)
             lane.answer(lane.ask(), arrived.image, 1 if self._cut else self.plan.every)
             self._since, self._cut = 0, False
         elif late and self._under_way is None and not arrived:  # a frame's rest between two keys: neither is quick
-            self._under_way = self.style.later(state, image, params, lane.ask(), cut=self._cut)
+            self._under_way = self.style.later(state, image, params, lane.ask(), cut=self._cut, moved=lane.moved)
             self._cut = False
         launched()
         picture = lane.show()
@@ -177,6 +212,6 @@ class Clocks:
         """Which refiner frames go through: `auto` refines what would flicker, with the better one where time allows."""
         if params.temporal.refiner != "auto":
             return params.temporal.refiner
-        if params.style.seed_mode == "fixed" and not params.debug.flicker:
+        if params.style.seed_mode != "per-frame" and not params.debug.flicker:
             return "off"
         return "analytic" if self.live else "learned"

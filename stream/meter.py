@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -92,6 +93,17 @@ class Meter:
     def latency_ms(self, percent: float) -> float:
         """A percentile of capture → handed to the sink, in ms; 0 before the first frame out."""
         return percentiles(self.samples()[0], (percent,))[0]
+
+    def recent_latency_ms(self, percent: float) -> float:
+        """The same over the newest `WINDOW` frames."""
+        with self._lock:
+            newest = [self._latencies[i] for i in range(-min(WINDOW, len(self._latencies)), 0)]
+        return percentiles(newest, (percent,))[0]
+
+    def idle(self, now: float) -> float:
+        """Seconds since the newest frame out; infinite before the first."""
+        with self._lock:
+            return now - self._outs[-1] if self._outs else math.inf
 
     def samples(self) -> tuple[list[float], dict[str, list[float]]]:
         """A copy of the newest latencies and stage times, in ms."""

@@ -30,7 +30,7 @@ def pump(
     """
     wait = wait or session.stopping.wait
     clock = session.clock
-    epoch = _Epoch()
+    epoch = Epoch()
     patience = delays()
     try:
         source = first or open()
@@ -71,7 +71,7 @@ def start_pump(
     return thread
 
 
-class _Epoch:
+class Epoch:
     """Carries seq and pts across reconnections: each opening of a source starts its own at 0."""
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ def _check_size(source: Source, size: tuple[int, int]) -> None:
         )
 
 
-def _read(source: Source, session: Session, epoch: _Epoch, frames: int | None) -> None:
+def _read(source: Source, session: Session, epoch: Epoch, frames: int | None) -> None:
     """One epoch. Lossless inboxes are waited for before a frame is pulled, so that queueing does not age it."""
     inbox, meter, clock = session.inbox, session.meter, session.clock
     pictures = iter(source.frames())

@@ -104,8 +104,9 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
         opened.callback(source.close)
         spec = source.spec
         size = (spec.width, spec.height)
-        stylizer = load(job.model, size, job.engine, say, window=job.params.temporal.window)
-        frame_lane(job.params.temporal, size)  # what it lacks is said before any file is begun
+        temporal = job.params.temporal
+        stylizer = load(job.model, size, job.engine, say, window=temporal.window, refresh=temporal.refresh)
+        frame_lane(temporal, size)  # what it lacks is said before any file is begun
         advice = stylizer.advice(job.params)
         told = [*job.notes, *source.warnings, *([advice] if advice else [])]
         for note in told:

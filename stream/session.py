@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from models.params import Params
@@ -19,11 +20,22 @@ Phase = Literal["running", "reconnecting", "ending", "ended", "failed"]
 OUTLET_CAPACITY = 2  # frames a lossless sink may lag behind: one being encoded, one ready
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What outlives a session: a live stream's outlets and meter, which sessions fill one after the other.
+
+    Frames are counted as out when they reach the outlets, whether or not anybody looks.
+    """
+
+    outlets: Fanout[Frame]
+    meter: Meter
+
+
 class Session:
     """One stream through a worker. Every part of it runs under `isolate`, so what breaks here breaks nothing else.
 
     `params` may be replaced at any time by any thread; the worker reads it once per frame.
-    `frames` ends the session after so many stylized pictures.
+    `frames` ends the session after so many stylized pictures. `shared` outlets are not closed with it.
     """
 
     def __init__(
@@ -35,15 +47,18 @@ class Session:
         frames: int | None = None,
         notify: Callable[[], None] | None = None,
         clock: Clock = time.monotonic,
+        shared: Shared | None = None,
     ) -> None:
         self.id = id
         self.params = params
         self.live = live
         self.frames = frames
         self.clock = clock
-        self.meter = Meter()
+        self.meter = shared.meter if shared else Meter()
+        self.shared = shared
+        self.turn_ms = 0.0  # what one turn of this session lately took of the worker
         self.inbox = Mailbox[Frame](1, lossless=not live, held=not live, notify=notify, on_drop=self.meter.drop)
-        self.outlets = Fanout[Frame](notify)
+        self.outlets = shared.outlets if shared else Fanout[Frame](notify)
         self.phase: Phase = "running"
         self.error: Exception | None = None
         self.stopping = threading.Event()  # the reader waits on it between two attempts to reconnect
@@ -96,7 +111,8 @@ class Session:
     def retire(self) -> None:
         """The worker's last word: no more frames will come out."""
         self.inbox.close(discard=True)
-        self.outlets.close()
+        if not self.shared:
+            self.outlets.close()
         self.enter("ended")
         self.retired.set()
 

@@ -5,6 +5,7 @@ A kind of sink is one row in `SCHEMES` and one file in `stream/sinks/`. Opening 
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import Protocol
 
@@ -35,22 +36,35 @@ SCHEMES: dict[str, str] = {
     "file": "file",
     "window": "window",
     "null": "null",
+    "virtualcam": "virtualcam",
+    "rtmp": "publish",
+    "rtmps": "publish",
+    "rtsp": "publish",
+    "rtsps": "publish",
+    "srt": "publish",
+    "whip+http": "whip",
+    "whip+https": "whip",
 }
 
 
 def scheme_of(url: str) -> str:
     """The row of the scheme table a SINK belongs to; a bare path is `file`. Raises UserError for an unknown one.
 
-    >>> scheme_of("out.mp4"), scheme_of("null")
-    ('file', 'null')
+    >>> scheme_of("out.mp4"), scheme_of("null"), scheme_of("virtualcam:/dev/video9"), scheme_of("RTMP://host/live")
+    ('file', 'null', 'virtualcam', 'rtmp')
     """
     if url in ("window", "null"):
         return url
+    if re.fullmatch(r"virtualcam(:.+)?", url):
+        return "virtualcam"
     scheme, separator, _ = url.partition("://")
     if not separator:
         return "file"
     if scheme.lower() not in SCHEMES:
-        raise UserError(f"no sink of kind {scheme}://", hint="a sink is a file (.mp4 .mkv .mov), window or null")
+        raise UserError(
+            f"no sink of kind {scheme}://",
+            hint="a sink is a file (.mp4 .mkv .mov), virtualcam, rtmp:// rtsp:// srt:// whip+https://, window or null",
+        )
     return scheme.lower()
 
 

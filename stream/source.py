@@ -24,6 +24,10 @@ class SourceLost(Exception):
     """A live source broke off; opening it again may help. The pts of the new one start at 0 again."""
 
 
+class SourceChanged(SourceLost):
+    """The pictures took another shape (a phone was turned): open again at once, at the shape they have now."""
+
+
 class Source(Protocol):
     """An open source of frames, read by one thread.
 
@@ -52,6 +56,7 @@ SCHEMES: dict[str, str] = {
     "rtmps": "network",
     "srt": "network",
     "camera": "camera",
+    "screen": "screen",
     "test": "pattern",
     "demo": "demo",
 }
@@ -65,6 +70,8 @@ def scheme_of(url: str) -> str:
     """
     if re.fullmatch(r"camera(:\d+)?|/dev/video\d+", url):
         return "camera"
+    if re.fullmatch(r"screen(:\d+)?", url):
+        return "screen"
     if url in ("test", "demo"):
         return url
     scheme, separator, _ = url.partition("://")
@@ -73,7 +80,7 @@ def scheme_of(url: str) -> str:
     if scheme.lower() not in SCHEMES:
         raise UserError(
             f"no source of kind {scheme}://",
-            hint="a source is a file, camera[:N], /dev/videoN, rtsp:// rtmp:// srt:// http(s)://, demo or test",
+            hint="a source is a file, camera[:N], /dev/videoN, screen, rtsp:// rtmp:// srt:// http(s)://, demo or test",
         )
     return scheme.lower()
 

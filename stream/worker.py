@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 from accel.machine import trim_memory
 from models.params import Params
-from stream.clocks import Clocks, StyleLane
+from stream.clocks import Clocks, Device, StyleLane
 from stream.frame import Frame
-from stream.session import Clock, Session
+from stream.pacing import LEARNING
+from stream.session import Clock, Session, Shared
 
 if TYPE_CHECKING:
     from models.stylizer import State, Stylizer
 
 R = TypeVar("R")
+
+ACTIVE_S = 1.0  # a session whose last turn is longer ago takes no part of the device
 
 
 @dataclass(slots=True)
@@ -32,20 +35,23 @@ class _Lane:
     clocks: Clocks
     state: State | None = None
     produced: int = 0
+    last: float = 0.0  # s, its newest turn
 
 
 class Worker(threading.Thread):
     """The only thread that calls the stylizer. Weights are shared, memory is per session, turns go round.
 
+    Every session may bring a stylizer of its own; without one it gets the worker's.
+
     >>> with Worker(stylizer) as worker:
     ...     session = worker.open(Params(), live=True)
     """
 
-    def __init__(self, stylizer: Stylizer, *, clock: Clock = time.monotonic) -> None:
+    def __init__(self, stylizer: Stylizer | None = None, *, clock: Clock = time.monotonic) -> None:
         super().__init__(name="worker", daemon=True)
         self.stylizer = stylizer
         self.clock = clock
-        self._style = StyleLane(stylizer)
+        self._device = Device()
         self._lanes: deque[_Lane] = deque()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
@@ -59,15 +65,33 @@ class Worker(threading.Thread):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def open(self, params: Params, live: bool, *, frames: int | None = None, fps: float = 30.0) -> Session:
+    def open(
+        self,
+        params: Params,
+        live: bool,
+        *,
+        frames: int | None = None,
+        fps: float = 30.0,
+        stylizer: Stylizer | None = None,
+        shared: Shared | None = None,
+    ) -> Session:
         """A new session, at once; its memory is made in its first turn. Any thread may call this.
 
-        `fps` is the source's nominal rate.
+        `fps` is the source's nominal rate, `stylizer` another than the worker's own.
         """
+        stylizer = stylizer or self.stylizer
+        if stylizer is None:
+            raise ValueError("a worker without a stylizer of its own needs one per session")
         session = Session(
-            str(next(self._ids)), params, live=live, frames=frames, notify=self._wake.set, clock=self.clock
+            str(next(self._ids)),
+            params,
+            live=live,
+            frames=frames,
+            notify=self._wake.set,
+            clock=self.clock,
+            shared=shared,
         )
-        clocks = Clocks(self._style, live, 1000 / fps)
+        clocks = Clocks(StyleLane(stylizer, self._device), live, 1000 / fps)
         self.call(lambda: self._lanes.append(_Lane(session, clocks)))
         return session
 
@@ -112,7 +136,7 @@ class Worker(threading.Thread):
             for lane in self._lanes:
                 lane.session.fail(RuntimeError("the worker thread ended"))
                 lane.session.retire()
-            self._style.close()
+            self._device.close()
 
     def close(self, timeout: float | None = 10.0) -> bool:
         """End all sessions cleanly, then the thread; False if it still runs after `timeout` seconds."""
@@ -131,14 +155,18 @@ class Worker(threading.Thread):
 
     def _stylize(self, lane: _Lane, frame: Frame) -> None:
         session, started = lane.session, self.clock()
+        lane.last = started
+        lane.clocks.share = max(1, sum(started - other.last < ACTIVE_S for other in self._lanes))
         params = session.params  # once per frame: a change never lands in the middle of one
         if lane.state is None:
-            lane.state = self.stylizer.open(params)
+            lane.state = lane.clocks.style.stylizer.open(params)
         # Once the last network runs, the reader may fetch the next picture.
         turn = lane.clocks.turn(lane.state, frame.image, params, session.inbox.release)
         if turn.key:
             session.meter.key(self.clock())
         session.outlets.put(replace(frame, image=turn.image))
+        if session.shared:
+            session.meter.frame_out(self.clock(), frame.captured)
         lane.produced += 1
         stages = dict(turn.stages_ms)
         if turn.key and turn.waited:
@@ -147,6 +175,7 @@ class Worker(threading.Thread):
             session.meter.stages(turn.key.stages_ms)  # of the style lane, beside this frame's own time
         stages["handover"] = max(0.0, (self.clock() - started) * 1000 - sum(stages.values()))
         session.meter.stages(stages)
+        session.turn_ms += LEARNING * ((self.clock() - started) * 1000 - session.turn_ms)
         if session.frames is not None and lane.produced >= session.frames:
             session.inbox.close(discard=True)
             session.stop()

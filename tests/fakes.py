@@ -127,6 +127,7 @@ class FakeState:
     params: list[Params] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
     cuts: int = 0
+    moves: list[Any] = field(default_factory=list)  # flows it was told of
 
 
 class FakeStylizer:
@@ -155,6 +156,9 @@ class FakeStylizer:
     def forget(self, state: Any) -> None:
         state.cuts += 1
 
+    def moved(self, state: Any, flow: Any) -> None:
+        state.moves.append(flow)
+
     def advice(self, params: Params) -> str:
         return "words this model does not know: zorp" if "zorp" in params.style.prompt else ""
 
@@ -163,7 +167,13 @@ def install(step_s: float = 0.0) -> None:
     """Put the fake stylizer where `models.load` is looked for: for subprocesses that test the command line."""
 
     def load(
-        model: str, size: tuple[int, int], engine: str = "auto", log: Callable[[str], None] = print, *, window: int = 0
+        model: str,
+        size: tuple[int, int],
+        engine: str = "auto",
+        log: Callable[[str], None] = print,
+        *,
+        window: int = 0,
+        refresh: int = 0,
     ) -> FakeStylizer:
         log(f"engine null: {model}")
         return FakeStylizer(size, before=lambda state, params: time.sleep(step_s))

@@ -18,7 +18,7 @@ from models import temporal
 from models.flow import Dis
 from models.lane import made
 from models.params import Params, Temporal
-from models.reproject import Key, Track
+from models.reproject import GUIDE, Key, Track
 from models.stylizer import State
 from stream.clocks import FADE, Clocks, Diffused, StyleLane, Turn
 from stream.config import patched
@@ -38,6 +38,8 @@ FEATURES = {
     "cadence 4, refined": {"temporal.mode": "cadence", "temporal.cadence": 4, "temporal.refiner": "analytic"},
     "reproject": {"temporal.mode": "reproject", "temporal.refiner": "off"},
     "reproject, refined": {"temporal.mode": "reproject", "temporal.refiner": "analytic"},
+    "noise that moves": {"temporal.mode": "every-frame", "temporal.refiner": "off", "style.seed_mode": "flow"},
+    "feedback": {"temporal.mode": "every-frame", "temporal.refiner": "off", "temporal.feedback": 0.2},
 }
 
 
@@ -63,10 +65,10 @@ class Instant(StyleLane):
     """A device so fast that a key is there by the next frame."""
 
     def later(
-        self, state: State, image: Image, params: Params, track: Track, *, cut: bool
+        self, state: State, image: Image, params: Params, track: Track, **told: Any
     ) -> Future[tuple[Diffused, Key]]:
         future: Future[tuple[Diffused, Key]] = Future()
-        picture = self.now(state, image, params, cut=cut)
+        picture = self.now(state, image, params, **told)
         future.set_result((picture, made(track, picture.image)))
         return future
 
@@ -545,3 +547,25 @@ def test_costs_follow_what_is_measured() -> None:
         costs.add_lane(5.0)
     assert costs.style_ms == pytest.approx(50, rel=0.01)
     assert costs.lane_ms == pytest.approx(5, rel=0.01)
+
+
+@pytest.mark.parametrize("mode", ["every-frame", "cadence", "reproject"])
+def test_a_model_that_remembers_is_told_how_far_the_scene_has_moved_since_it_was_last_asked(mode: str) -> None:
+    stylizer = FakeStylizer(SIZE)
+    params = patched(settings(mode=mode, cadence=3, refiner="off"), {"style.seed_mode": "flow"})
+    run(sliding(10, (2, 0)), params, style=Instant(stylizer))
+    (state,) = stylizer.states
+    assert len(state.moves) == len(state.params) - 1
+    frames = 1 if mode == "every-frame" else 3 if mode == "cadence" else 2  # between two diffused ones
+    inner = (..., slice(12, -12), slice(12, -12))
+    wanted = 2 * frames / GUIDE
+    assert all(abs(float(flow[inner][0, 0].mean()) - wanted) < 0.25 for flow in state.moves[1:])
+
+
+def test_a_model_that_remembers_is_told_of_a_cut_instead_of_a_motion() -> None:
+    stylizer = FakeStylizer(SIZE)
+    params = patched(settings(mode="every-frame"), {"temporal.feedback": 0.2})
+    run([texture(0)] * 3 + [texture(1)] * 2, params, style=Instant(stylizer))
+    (state,) = stylizer.states
+    assert state.cuts == 1
+    assert len(state.moves) == 3

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models import reproject
-from models.filters import resize, to_image, to_picture, to_tensor
+from models.filters import halved, resize, to_image, to_picture, to_tensor
 from models.flow import Dis
 from models.reproject import CELL, GUIDE, Guide, Key, Motion, Track, fit_tint, scaled
 from tests.scenes import SIZE, Image, psnr, sliding, texture
@@ -44,8 +44,7 @@ def small(picture: Tensor) -> Tensor:
 
 
 def track_of(image: Image) -> Track:
-    picture = to_picture(image)
-    return Track(picture, small(picture))
+    return Track(halved(image))
 
 
 def rms(a: Tensor, b: Tensor) -> float:
@@ -60,17 +59,17 @@ def test_a_flow_grows_with_its_picture() -> None:
 
 def test_the_first_frame_and_one_of_another_size_have_no_motion() -> None:
     follower = guide()
-    assert follower.advance(to_picture(texture())) is None
-    assert follower.advance(to_picture(texture())) is not None
-    assert follower.advance(to_picture(texture(0, (96, 64)))) is None
-    assert follower.advance(to_picture(texture(0, (96, 64)))) is not None
-    assert follower.frame[0].shape == (1, 3, 64, 96)
+    assert follower.advance(halved(texture())) is None
+    assert follower.advance(halved(texture())) is not None
+    assert follower.advance(halved(texture(0, (96, 64)))) is None
+    assert follower.advance(halved(texture(0, (96, 64)))) is not None
+    assert follower.frame.shape == (1, 3, 32, 48)
 
 
 def test_a_frozen_source_stands_still() -> None:
     follower = guide()
-    follower.advance(to_picture(texture()))
-    motion = follower.advance(to_picture(texture()))
+    follower.advance(halved(texture()))
+    motion = follower.advance(halved(texture()))
     assert motion is not None
     assert not motion.cut
     assert float(motion.flow.abs().max()) < 1e-3
@@ -80,16 +79,16 @@ def test_a_frozen_source_stands_still() -> None:
 def test_motion_is_found_at_the_guides_size_and_both_frames_come_with_it() -> None:
     before, now = sliding(2, (4, -2))
     follower = guide()
-    follower.advance(to_picture(before))
-    motion = follower.advance(to_picture(now))
+    follower.advance(halved(before))
+    motion = follower.advance(halved(now))
     assert motion is not None
     inner = (..., slice(6, -6), slice(6, -6))
     torch.testing.assert_close(
         motion.flow[inner].mean((2, 3)), torch.tensor([[4 / GUIDE, -2 / GUIDE]]), rtol=0, atol=0.1
     )
     assert float(motion.trust[inner].mean()) > 0.8
-    assert torch.equal(motion.now, small(to_picture(now)))
-    assert torch.equal(motion.before, small(to_picture(before)))
+    assert torch.equal(motion.now, halved(now))
+    assert torch.equal(motion.before, halved(before))
 
 
 def test_the_way_back_is_only_checked_by_the_second_estimator() -> None:
@@ -104,7 +103,7 @@ def test_the_way_back_is_only_checked_by_the_second_estimator() -> None:
 
     follower = Guide(estimator("back", 1.0), estimator("check", -1.0))  # type: ignore[arg-type]
     for level in (0, 255):
-        follower.advance(to_picture(np.full((H, W, 3), level, np.uint8)))
+        follower.advance(halved(np.full((H, W, 3), level, np.uint8)))
     assert [(name, round(now), round(before)) for name, now, before in calls] == [("back", 1, 0), ("check", 0, 1)]
 
 
@@ -113,7 +112,7 @@ def test_another_scene_is_a_cut_and_what_follows_is_not(other: Image) -> None:
     follower = guide()
     cuts = []
     for image in (texture(), texture(), other, other, texture()):
-        motion = follower.advance(to_picture(image))
+        motion = follower.advance(halved(image))
         cuts.append(None if motion is None else motion.cut)
     assert cuts == [None, False, True, False, True]
 
@@ -175,12 +174,12 @@ def test_the_maps_of_colours_move_with_what_they_colour() -> None:
 def test_a_key_that_nothing_moved_away_from_is_shown_to_the_byte() -> None:
     image, stylized = texture(), texture(5)
     key = Key(track_of(image), to_picture(stylized))
-    picture, trust = key.now(key.track.picture, key.track.small)
+    picture, trust = key.now(key.track.frame, (W, H))
     assert trust is None
     assert torch.equal(picture, to_picture(stylized))
     for _ in range(10):
         key.track.advance(moved())
-    picture, trust = key.now(key.track.picture, key.track.small)
+    picture, trust = key.now(key.track.frame, (W, H))
     assert trust is not None
     assert bool((trust == 1).all())
     assert (to_image(picture) == stylized).all()
@@ -189,9 +188,9 @@ def test_a_key_that_nothing_moved_away_from_is_shown_to_the_byte() -> None:
 def test_a_style_of_colours_needs_no_track() -> None:
     """Where no motion can be trusted, colours are still those of the present source."""
     before, now = to_picture(texture(0)), to_picture(texture(1))
-    key = Key(Track(before, small(before)), painted(before))
+    key = Key(Track(small(before)), painted(before))
     key.track.advance(moved(trust=0))
-    picture, trust = key.now(now, small(now))
+    picture, trust = key.now(small(now), (W, H))
     assert trust is not None
     assert float(trust.max()) == 0
     assert rms(picture, painted(now)) < 0.04  # measured: 0.026, the ridge's
@@ -201,9 +200,9 @@ def test_a_style_of_colours_needs_no_track() -> None:
 def test_after_a_cut_the_colours_of_the_style_are_left_and_nothing_of_its_picture() -> None:
     before, now = to_picture(texture(0)), to_picture(texture(1))
     strokes = to_tensor(0.2 * np.random.default_rng(3).standard_normal((H, W, 3), np.float32))
-    key = Key(Track(before, small(before)), painted(before) + strokes)
+    key = Key(Track(small(before)), painted(before) + strokes)
     key.track.advance(moved(cut=True))
-    picture, trust = key.now(now, small(now))
+    picture, trust = key.now(small(now), (W, H))
     assert trust is not None
     assert float(trust.max()) == 0
     assert rms(picture, painted(now)) < 0.03
@@ -211,7 +210,7 @@ def test_after_a_cut_the_colours_of_the_style_are_left_and_nothing_of_its_pictur
     assert abs(float(torch.corrcoef(torch.stack([left, strokes.flatten()]))[0, 1])) < 0.05
     # One map for the whole picture: two places of one colour get one colour.
     same = torch.full_like(now, 0.4)
-    assert float(key.now(same, small(same))[0].std(dim=(2, 3)).max()) < 0.01
+    assert float(key.now(small(same), (W, H))[0].std(dim=(2, 3)).max()) < 0.01
 
 
 def test_what_the_source_does_not_show_any_more_is_not_carried() -> None:
@@ -220,9 +219,9 @@ def test_what_the_source_does_not_show_any_more_is_not_carried() -> None:
     key = Key(track_of(image), to_picture(texture(5)))
     key.track.advance(moved())
     inverted = to_picture(255 - image)
-    _, trust = key.now(inverted, small(inverted))
+    _, trust = key.now(small(inverted), (W, H))
     assert trust is not None
-    apart = (small(inverted) - key.track.small).square().sum(1, keepdim=True)
+    apart = (small(inverted) - key.track.frame).square().sum(1, keepdim=True)
     torch.testing.assert_close(trust, torch.exp(-10 * apart), rtol=1e-4, atol=1e-6)
 
 
@@ -234,6 +233,6 @@ def test_a_key_is_carried_along_the_motion(step: tuple[int, int]) -> None:
     for _ in range(3):
         key.track.advance(moved(step[0] / GUIDE, step[1] / GUIDE))
     now = to_picture(frames[3])
-    picture, _ = key.now(now, small(now))
+    picture, _ = key.now(small(now), (W, H))
     inner = (slice(24, -24), slice(24, -24))
     assert psnr(to_image(picture)[inner], strokes[3][inner]) > 30

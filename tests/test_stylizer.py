@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from accel.errors import UserError
 from models.load import load
-from models.params import Params, Style
-from models.stylizer import LatentStylizer
+from models.params import Params, Style, Temporal
+from models.stylizer import LatentStylizer, drifted, fed_back
 from tests.folders import random_folder
 
 SIZE = (64, 48)
@@ -112,3 +114,60 @@ def test_a_truncated_weight_file_is_the_users_error(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="unet"):
         load(str(folder), SIZE, engine="torch")
+
+
+def still(dx: float = 0.0, dy: float = 0.0) -> Tensor:
+    """A motion of the whole scene, in pixels of the picture."""
+    return torch.tensor([dx, dy]).view(1, 2, 1, 1).expand(1, 2, SIZE[1], SIZE[0])
+
+
+class TestNoiseThatMoves:
+    def test_it_is_the_fixed_noise_while_nothing_moves(self, stylizer: LatentStylizer) -> None:
+        fixed, moving = params(seed_mode="fixed"), params(seed_mode="flow")
+        wanted = stylizer.step(stylizer.open(fixed), picture(0), fixed).image()
+        state = stylizer.open(moving)
+        for _ in range(3):
+            assert np.array_equal(stylizer.step(state, picture(0), moving).image(), wanted)
+            stylizer.moved(state, still())
+
+    def test_it_goes_with_the_scene_whole(self) -> None:
+        noise = torch.randn(1, 4, 6, 8)
+        travel = torch.zeros(1, 2, 6, 8)
+        travel[:, 0], travel[:, 1] = 2, -1
+        assert torch.equal(drifted(noise, travel), noise.roll((1, -2), (2, 3)))
+        assert torch.equal(drifted(noise, 0.4 * travel / 2), noise)
+
+    def test_slow_motion_adds_up(self, stylizer: LatentStylizer) -> None:
+        state = stylizer.open(params())
+        for _ in range(16):
+            stylizer.moved(state, still(1, 0))  # an eighth of a latent pixel
+        assert state.travel is not None
+        assert torch.equal(drifted(state.noises[0], state.travel), state.noises[0].roll(-2, 3))
+
+    def test_its_statistics_stay(self) -> None:
+        noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+        moved = drifted(noise, 20 * torch.randn(1, 2, 1, 1).expand(1, 2, 32, 32))
+        assert torch.equal(moved.flatten().sort().values, noise.flatten().sort().values)
+
+
+class TestFeedback:
+    def test_none_is_the_model_as_it_is_and_a_cut_forgets(self, stylizer: LatentStylizer) -> None:
+        plain = params(strength=0.5)
+        fed = plain.model_copy(update={"temporal": Temporal(feedback=0.3)})
+        first = stylizer.step(stylizer.open(plain), picture(0), plain).image()
+        state = stylizer.open(fed)
+        assert np.array_equal(stylizer.step(state, picture(0), fed).image(), first)
+        assert not np.array_equal(stylizer.step(state, picture(0), fed).image(), first)
+        stylizer.forget(state)
+        assert np.array_equal(stylizer.step(state, picture(0), fed).image(), first)
+
+    def test_the_last_result_is_carried_along_the_motion(self) -> None:
+        source, before = torch.zeros(1, 5, 6, 8), torch.randn(1, 5, 6, 8)
+        moved = torch.zeros(1, 2, 6, 8)
+        moved[:, 0] = 2
+        mixed = fed_back(source, before, moved, 0.25)
+        torch.testing.assert_close(mixed[..., :-2], 0.25 * before[..., 2:])
+
+    def test_at_strength_1_it_is_said_to_do_nothing(self, stylizer: LatentStylizer) -> None:
+        settings = params().model_copy(update={"temporal": Temporal(feedback=0.3)})
+        assert "strength 1" in stylizer.advice(settings)

@@ -248,6 +248,20 @@ def test_missing_weights_and_modules_are_the_users_error(tmp_path: Path) -> None
         load(str(folder), SIZE, engine="torch", window=WINDOW)
 
 
+def test_frames_computed_again_change_what_is_seen_of_them_and_cost_no_frame(folders: dict[str, Path]) -> None:
+    model = load(str(folders["sd"]), SIZE, engine="torch", window=WINDOW, refresh=2)
+    plain = load(str(folders["sd"]), SIZE, engine="torch", window=WINDOW)
+    assert len(fresh(model, params(), range(9))) == 9
+    assert not same(fresh(model, params(), range(9)), fresh(plain, params(), range(9)))
+    off = zip(fresh(model, params(0.0), range(5)), fresh(plain, params(0.0), range(5)), strict=True)
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in off)  # a batch of three rounds otherwise
+
+
+def test_no_more_than_half_of_a_window_is_computed_again(folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"temporal\.refresh"):
+        load(str(folders["sd"]), SIZE, engine="torch", window=WINDOW, refresh=WINDOW // 2 + 1)
+
+
 @pytest.mark.parametrize(
     ("kind", "window", "message"), [("bare", 8, "no motion adapter"), ("sd", 1, "one frame"), ("sd", 13, "positions")]
 )

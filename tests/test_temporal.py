@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models import temporal
-from models.filters import to_image, to_picture, to_tensor
+from models.filters import halved, to_image, to_picture, to_tensor
 from models.flow import Dis
 from models.reproject import Guide, Motion
 from models.temporal import Blend, Past, flickered, likely, refine
@@ -33,7 +33,7 @@ def refined(sources: list[Image], stylized: list[Image]) -> list[Image]:
     """A clip through guide and refiner."""
     guide, past, output = Guide(Dis(), Dis(refine=0)), Past(), []
     for source, picture in zip(sources, stylized, strict=True):
-        output.append(to_image(refine(to_picture(picture), guide.advance(to_picture(source)), past)))
+        output.append(to_image(refine(to_picture(picture), guide.advance(halved(source)), past)))
     return output
 
 

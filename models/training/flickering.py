@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
-from models.filters import resize, to_picture
+from models.filters import halved
 from models.flow import Dis
 from models.reproject import GUIDE, Guide
 from models.training.tiles import HELD_OUT_CLIPS
@@ -61,9 +61,8 @@ class Followed:
 def follow(source: Pixels) -> Followed:
     guide, seen, motions = Guide(Dis()), [], []
     for frame in source:
-        picture = to_picture(frame)
-        motion = guide.advance(picture)
-        seen.append(resize(picture, (picture.shape[3] // GUIDE, picture.shape[2] // GUIDE)))
+        motion = guide.advance(halved(frame))
+        seen.append(guide.frame)
         motions += [motion] if motion else []
     fields = seen, [m.flow for m in motions], [m.trust for m in motions]
     return Followed(*(torch.cat(field).contiguous().half().numpy() for field in fields))
