@@ -110,15 +110,16 @@ class FrameLane:
 
     def _fill(self, picture: Tensor, trust: Tensor | None) -> Tensor:
         """Where the keys show nothing of their own, hold on to what the last output showed there."""
-        motion, before = self.motion, self._known
+        motion, before, past = self.motion, self._known, self._past.output
         if trust is None:
             self._known = None
-        elif motion is None or motion.cut or self._past.output is None:
+        elif motion is None or motion.cut or past is None:
             self._known = trust
         else:
             held = motion.trust if before is None else motion.trust * sample(before, motion.flow)
             self._known = trust + (1 - trust) * FADING * held
-            carried = sample(self._past.output, scaled(motion.flow, self._size))
+            # The refiner needs the last output carried too; without one a cheaper look-up does.
+            carried = self._past.carried(motion) if self.refiner else sample(past, scaled(motion.flow, self._size))
             return picture + weigh((1 - trust) * held, carried - picture)
         return picture
 

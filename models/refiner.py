@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from accel.engine import Backend, Engine, EngineSpec, TensorSpec
 from models.autoencoder import Residual
-from models.filters import resize, sample
+from models.filters import blur, resize, sample, weigh
 from models.reproject import GUIDE, Motion, scaled
-from models.temporal import Past
+from models.temporal import COARSE, Blend, Past, likely, noise_in, power
 
 WEIGHTS = Path(__file__).parent / "refiner_weights" / "refiner.safetensors"
 GRAPH = 1  # raise it when the network's forward changes: part of the engine's fingerprint
@@ -109,8 +109,9 @@ class LearnedRefiner:
     >>> steady = refiner(stylized, guide.advance(source), past)
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, blend: Blend | None = None) -> None:
         self.engine = engine
+        self.blend = blend or Blend()  # the analytic refiner's, for what nothing holds
 
     def __call__(self, stylized: Tensor, motion: Motion | None, past: Past) -> Tensor:
         """The steadied picture (1, 3, H, W) in [0, 1]; `past` moves on by one frame."""
@@ -127,11 +128,24 @@ class LearnedRefiner:
         trips = travelled(CELL * flow)
         move, now = self.engine(_last(stylized), _last(apart), cells, motion.now, motion.trust, trips, age)
         past.age = now.clone()  # an engine's outputs last until its next launch
+        hold = move[:, 3:]
         move = resize(move, size)
-        past.output = (stylized + move[:, :3]).addcmul_(move[:, 3:], apart).clamp_(0, 1)
+        output = (stylized + move[:, :3]).addcmul_(move[:, 3:], apart)
+        past.output = self._cleaned(output, stylized, apart, motion, hold).clamp_(0, 1)
         if not bool(torch.isfinite(past.output.sum())):  # a model's NaN must not stay
             return past.begin(stylized)
         return past.output
+
+    def _cleaned(self, output: Tensor, stylized: Tensor, apart: Tensor, motion: Motion, hold: Tensor) -> Tensor:
+        """Where the past is of no use, without as much of the detail as is usually wavering; see `temporal.refine`."""
+        size, small = (stylized.shape[3], stylized.shape[2]), (motion.flow.shape[3], motion.flow.shape[2])
+        bands = resize(apart, small)
+        fine, blend = bands - blur(bands, COARSE), self.blend
+        _, usual = likely(power(fine, 1), motion.trust, blend.surprise, blend.floor_fine)
+        if usual <= blend.floor_fine**2:
+            return output
+        noise, smooth = noise_in(resize(stylized, small), usual, resize(hold, small), blend.clean)
+        return output - weigh(noise, stylized) + resize(noise * smooth, size)
 
 
 def travelled(flow: Tensor) -> Tensor:

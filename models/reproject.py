@@ -133,7 +133,7 @@ def fit_tint(source: Tensor, stylized: Tensor, reach: int = REACH) -> Tint:
 
 
 def tinted(tint: Tint, frame: Tensor, size: tuple[int, int]) -> Tensor:
-    """A source frame in the style's colours at (width, height): what it has of detail is the style's, in the residual."""
+    """A source frame in the style's colours at (width, height); its detail is the style's, in the residual."""
     return resize(tint(frame), size)
 
 
@@ -161,7 +161,7 @@ class Key:
     def now(self, frame: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """What this key says about the present source frame, and how far that is its own, (1, 1, h, w); None: wholly.
 
-        `frame` is at guide size, the result at `size`, (width, height). After a cut only the colours of the style are left.
+        `frame` is at guide size, the result at `size`, (width, height). After a cut only the style's colours are left.
         """
         track = self.track
         if track.cut:

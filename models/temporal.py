@@ -85,9 +85,7 @@ def refine(stylized: Tensor, motion: Motion | None, past: Past, blend: Blend = B
     if usual > blend.floor_fine**2:
         # Where the past is of no use, as much of the detail as is usually wavering goes (Wiener's rule).
         own = resize(stylized, small)
-        smooth = blur(own, COARSE)
-        wavering = (blend.clean * usual / (power(own - smooth, 2) + 1e-6)).clamp_max_(1)
-        wavering *= (1 - 1.6 * hold).clamp_min_(0)
+        wavering, smooth = noise_in(own, usual, hold, blend.clean)
         steadied -= weigh(wavering, stylized)
         moved += wavering * smooth
     steadied += resize(moved, (stylized.shape[3], stylized.shape[2]))
@@ -95,6 +93,16 @@ def refine(stylized: Tensor, motion: Motion | None, past: Past, blend: Blend = B
         return past.begin(stylized)
     past.output = steadied
     return steadied
+
+
+def noise_in(picture: Tensor, usual: float, hold: Tensor, clean: float) -> tuple[Tensor, Tensor]:
+    """The share of a picture's fine band that is taken for noise where the past does not `hold`, and its coarse band.
+
+    By Wiener's rule: variance of the noise, `clean` · `usual`, over that of the band.
+    """
+    smooth = blur(picture, COARSE)
+    noise = (clean * usual / (power(picture - smooth, 2) + 1e-6)).clamp_max_(1)
+    return noise.mul_((1 - 1.6 * hold).clamp_min_(0)), smooth
 
 
 def power(band: Tensor, radius: int) -> Tensor:
