@@ -21,7 +21,10 @@ from torch import Tensor
 from accel.errors import UserError
 from models.filters import erode, grey, sample, to_image, to_tensor, total
 
-FlowEstimator = Callable[[Tensor, Tensor], Tensor]
+Flow = Tensor
+"""(1, 2, h, w), backward, in pixels."""
+
+FlowEstimator = Callable[[Tensor, Tensor], Flow]
 """(now, before), each (1, 3, H, W) RGB float in [0, 1] → the backward flow (1, 2, H, W)."""
 
 RAFT_FILES = {"raft-small": "raft_small_C_T_V2-01064c6d.pth", "raft-large": "raft_large_C_T_SKHT_V2-ff5fadd5.pth"}

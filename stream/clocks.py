@@ -15,8 +15,8 @@ from stream.pacing import Costs, Plan, plan
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
+    from models.flow import Flow
     from models.lane import FrameLane
     from models.params import Params
     from models.reproject import Key, Track
@@ -64,7 +64,7 @@ class StyleLane:
         launched: Callable[[], None] = lambda: None,
         *,
         cut: bool = False,
-        moved: Tensor | None = None,
+        moved: Flow | None = None,
     ) -> Diffused:
         """Diffuse one picture; `launched` is called while its last network still runs.
 
@@ -97,7 +97,7 @@ class StyleLane:
         track: Track,
         *,
         cut: bool,
-        moved: Tensor | None = None,
+        moved: Flow | None = None,
     ) -> Future[tuple[Diffused, Key]]:
         """The same in the style lane's own thread, made into the key of the frame that `track` follows."""
 

@@ -15,8 +15,10 @@ from av.video.stream import VideoStream
 
 from accel.errors import UserError
 from stream.frame import Frame, VideoSpec, to_ticks
-from stream.sinks.audio import AudioCopy
+from stream.sinks.audio import AudioCopy, SoundTrack
 from stream.sinks.disk import Disk
+from stream.sinks.letterbox import boxed
+from stream.sound import Sound
 from stream.sources.container import reason
 
 # packets reach the disk as they come, and pictures wait no longer than 2 s (in µs) for sound that has ended
@@ -65,7 +67,7 @@ def open_sink(url: str, spec: VideoSpec, codec: str, crf: int) -> FileSink:
 
 
 class FileSink:
-    """Encodes frames at their own pts and copies the source's sound up to each.
+    """Encodes frames at their own pts, with the source's sound up to each: copied from a recording, or live as heard.
 
     Frames whose pts do not grow are moved one tick on and counted in `nudged`. A failed write raises UserError once;
     what was written before it stays playable.
@@ -90,7 +92,18 @@ class FileSink:
         self._output: OutputContainer = av.open(self._disk, "w", format=muxer, container_options=options | _PROMPT)
         self._stream = self._video(codec, crf)
         self._audio = AudioCopy(spec.audio, self._output, self.warnings) if spec.audio else None
+        self._track: SoundTrack | None = None
         self._open = True
+
+    def sounding(self) -> None:
+        """Live sound is going to come: give the file a track for it. Before the first frame; a copied one stays."""
+        if self._audio is None and self._track is None and not self.written:
+            self._track = SoundTrack(self._output)
+
+    def hear(self, sound: Sound) -> None:
+        """Take 20 ms of live sound, from any thread; without `sounding()` before the first frame it is not kept."""
+        if self._track:
+            self._track.hear(sound)
 
     def write(self, frame: Frame) -> None:
         """Encode one frame; raises UserError when the disk is full or gone."""
@@ -101,6 +114,8 @@ class FileSink:
             self._output.mux(self._stream.encode(picture))
             if self._audio:
                 self._audio.copy(self._output, float(pts * self._tick), float(self._shift * self._tick))
+            if self._track:
+                self._track.mux(self._output, float(pts * self._tick), frame.captured)
             self._disk.mark()
         except (OSError, av.FFmpegError) as error:
             raise self._failed(error) from None
@@ -115,6 +130,8 @@ class FileSink:
             if self.written:
                 self._output.mux(self._stream.encode(None))
                 self._rest_of_audio()
+                if self._track:
+                    self._track.finish(self._output)
             self._output.close()
         except (OSError, av.FFmpegError) as error:
             if self._disk.failure is None or self._disk.failure is error:
@@ -149,12 +166,13 @@ class FileSink:
 
     def _pixels(self, image: np.ndarray) -> av.VideoFrame:
         width, height = self._stream.codec_context.width, self._stream.codec_context.height
+        image = boxed(image, (self._spec.width, self._spec.height))  # the stream may change its size
         rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), "rgb24")
         if self._codec == "ffv1":
             return self._scaler.reformat(rgb, width=width, height=height, format="bgr0")
         return self._scaler.reformat(
             rgb,
-            width=width,  # a model of another size may be swapped in
+            width=width,
             height=height,
             format="yuv420p",
             dst_colorspace=Colorspace.ITU709,

@@ -8,15 +8,19 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import cast
 
 import av
+from av.audio.stream import AudioStream
 from av.codec.context import Flags
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from accel.errors import UserError
 from stream.frame import Frame, VideoSpec, to_us
+from stream.sound import Cutter, Sound
 from stream.source import SourceLost
 from stream.sources.picture import Picture
 
@@ -25,6 +29,9 @@ av.logging.set_level(None)  # FFmpeg's log callback takes the GIL from its own t
 JUMP_US = 1_000_000  # pts going back further than this start a new epoch
 WAITED_S = 0.002  # a packet that took less had been waiting for us
 BACKLOG = 90  # frames at most that are thrown away to catch up with a live source
+STRAY_S = 0.3  # pictures whose time of capture strays further from their pts begin a new reckoning
+FAR_S = 2.0  # sound further than this from its pictures is taken for captured when it came
+SILENCE_S = 5.0  # a live source that sends no picture for so long is lost, whatever else it sends
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,7 @@ class Opening:
     fit: str = "fit"
     origin: str | None = None  # path, where it is a file
     audio: str | None = None  # path or URL to copy the audio from, where there is any
+    silence_s: float = SILENCE_S
     clock: Callable[[], float] = time.monotonic
 
 
@@ -49,19 +57,26 @@ class ContainerSource:
     """Decodes the first video stream of a container; the first picture is decoded by the constructor.
 
     Raises UserError where there is no video to decode. Owns the container: closed when `frames()` ends or by `close()`,
-    which never pulls it from under a reading thread.
+    which never pulls it from under a reading thread. `sound`, where it is set before `frames()`, is called by the
+    reading thread with the sound of a live source as it comes.
     """
 
     def __init__(self, container: InputContainer, opening: Opening) -> None:
         self._container, self._opening = container, opening
         self.warnings: list[str] = []
         self.skipped = 0
+        self.sound: Callable[[Sound], None] | None = None
+        self.has_sound = False  # a live source sends some
         self._lock = threading.Lock()
         self._reading = self._closed = False
-        self._fault: av.FFmpegError | None = None
+        self._fault = ""  # why reading ended before its end
         self._waited = 0.0
+        self._ear: _Ear | None = None
         try:
             self._stream = _video_stream(container, opening)
+            if opening.live and container.streams.audio:
+                self._ear = _Ear(container.streams.audio[0], opening.clock)
+                self.has_sound = True
             self._decoded = self._decode()
             self._first = self._first_picture()
         except BaseException:
@@ -109,7 +124,10 @@ class ContainerSource:
                 epoch += self._last + step - pts
                 pts = self._last + step
             self._last = pts
-            yield Frame(self._picture(picture), pts, seq, clock())
+            frame = Frame(self._picture(picture), pts, seq, clock())
+            if self._ear and picture.pts is not None:
+                self._ear.seen(float(picture.pts * self._time_base), frame.captured)
+            yield frame
             if self._closed:
                 return
 
@@ -130,14 +148,14 @@ class ContainerSource:
 
     def _decode(self) -> Generator[av.VideoFrame, None, None]:
         """Decoded pictures; packets that cannot be decoded are counted, a broken read ends the stream."""
-        packets = self._container.demux(self._stream)
+        packets = self._packets()
         clock = self._opening.clock
         while not self._closed:
             asked = clock()
             try:
                 packet = next(packets, None)
             except av.FFmpegError as error:
-                self._fault = error
+                self._fault = reason(error)
                 packet = None
             self._waited = clock() - asked
             try:
@@ -149,10 +167,26 @@ class ContainerSource:
             if packet is None:
                 return
 
+    def _packets(self) -> Iterator[Packet[VideoStream]]:
+        """Packets of the pictures; those of a live source's sound are heard on the way."""
+        if self._ear is None:
+            yield from self._container.demux(self._stream)
+            return
+        clock, seen = self._opening.clock, self._opening.clock()
+        for packet in self._container.demux(self._stream, self._ear.stream):
+            if packet.stream.type == "video":
+                yield cast("Packet[VideoStream]", packet)
+                seen = clock()
+            elif clock() - seen > self._opening.silence_s:  # sound alone keeps every time limit of the network happy
+                self._fault = f"sound but no picture for {self._opening.silence_s:.0f} s"
+                return
+            elif self.sound:
+                self._ear.hear(cast("Packet[AudioStream]", packet), self.sound)
+
     def _first_picture(self) -> av.VideoFrame:
         picture = next(self._decoded, None)
         if picture is None:
-            why = f" ({reason(self._fault)})" if self._fault else ""
+            why = f" ({self._fault})" if self._fault else ""
             raise UserError(
                 f"no picture can be decoded from {self._opening.name}{why}", hint="is it a damaged or empty video?"
             )
@@ -163,13 +197,13 @@ class ContainerSource:
             return
         name = self._opening.name
         if self._opening.live:
-            raise SourceLost(f"{name}: {reason(self._fault) if self._fault else 'the stream ended'}")
+            raise SourceLost(f"{name}: {self._fault or 'the stream ended'}")
         step = 1e6 / self.spec.fps
         if self.spec.end is not None and self._last + 3 * step + 100_000 < self.spec.end:
             at, end = (self._last + step) * 1e-6, self.spec.end * 1e-6
             self.warnings.append(f"{name} is cut short: pictures end at {at:.2f} s of {end:.2f} s")
-        elif self._fault is not None:
-            self.warnings.append(f"{name} is damaged at its end ({reason(self._fault)})")
+        elif self._fault:
+            self.warnings.append(f"{name} is damaged at its end ({self._fault})")
         if self.skipped:
             self.warnings.append(f"{name} is damaged: {self.skipped} packets could not be decoded")
 
@@ -188,6 +222,34 @@ class ContainerSource:
             end=None if opening.live else _end(self._container, stream),
             origin=opening.origin,
         )
+
+
+class _Ear:
+    """Decodes the sound of a live source; its times of capture follow the pictures', so that lips match."""
+
+    def __init__(self, stream: AudioStream, clock: Callable[[], float]) -> None:
+        self.stream = stream
+        self._clock = clock
+        self._cutter = Cutter()
+        self._zero: float | None = None  # time of capture of pts 0
+
+    def seen(self, pts: float, captured: float) -> None:
+        """A picture of `pts` s was captured."""
+        zero = captured - pts
+        if self._zero is None or abs(zero - self._zero) > STRAY_S:
+            self._zero = zero
+        self._zero += 0.05 * (zero - self._zero)
+
+    def hear(self, packet: Packet[AudioStream], sound: Callable[[Sound], None]) -> None:
+        """Decode a packet and hand on the whole pieces; what cannot be decoded is a gap."""
+        with contextlib.suppress(av.FFmpegError):
+            for frame in self.stream.decode(packet):
+                now = self._clock()
+                captured = now if frame.time is None or self._zero is None else frame.time + self._zero
+                if abs(captured - now) > FAR_S:  # the two have different clocks
+                    captured = now
+                for piece in self._cutter.put(frame, captured):
+                    sound(piece)
 
 
 def _video_stream(container: InputContainer, opening: Opening) -> VideoStream:
