@@ -13,6 +13,9 @@ from models.spec import MODELS
 from models.stylizer import LatentStylizer, Networks
 
 
+EFFORT = {"encode": 0.1, "unet": 0.8, "decode": 0.1}  # share of the time that compiling each network takes
+
+
 def folder_of(model: str) -> Folder:
     """The folder of a model's name or path; UserError when there is none."""
     path = MODELS[model].folder if model in MODELS else Path(model)
@@ -65,12 +68,13 @@ def load(
     as_bytes: bool = True,
     window: int = 0,
     refresh: int = 0,
+    progress: Callable[[str, float], None] = lambda part, done: None,
 ) -> LatentStylizer:
     """Compile a model for pictures of (width, height), or take its engines from the cache.
 
     `as_bytes=False` is for comparisons: `stylize` then takes and gives floats, and `step` cannot be used. A `window`
     of so many frames, 0 = off, is what each frame sees of the video through the model's motion adapter; UserError
-    where there is none or the window does not fit it.
+    where there is none or the window does not fit it. `progress` is told which network comes next, and the share done.
 
     >>> stylizer = load("mini", (512, 288), engine="openvino", log=print)
     """
@@ -84,7 +88,11 @@ def load(
     log(choice.reason)
     backend, cache = choice.backend, default_root()
     compiled = graphs(folder, size, as_bytes=as_bytes, window=seen)
-    engines = {name: backend.load(graph.build, graph.spec, cache) for name, graph in compiled.items()}
+    engines, done = {}, 0.0
+    for name, graph in compiled.items():
+        progress(name, done)
+        engines[name] = backend.load(graph.build, graph.spec, cache)
+        done += EFFORT[name]
     vae = folder.config("vae")
     networks = Networks(
         encode=engines["encode"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -12,18 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from accel.errors import UserError
 from models.params import Params
-from stream.live import Engineering, Event, Stream
+from stream.live import Event, Stream
 from stream.mailbox import Fanout
+from stream.seat import Engineering, Progress, Say
 from stream.session import Clock
 from stream.worker import Worker
 
 if TYPE_CHECKING:
     from models.stylizer import Stylizer
 
+log = logging.getLogger(__name__)
+
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 TICK_S = 0.2
 KEPT = 4  # stylizers that stay loaded though no stream uses them
 RETRY_AFTER_S = 5.0
+FORGET_S = 120.0  # a stream made for a publisher, and then unused for so long, is removed
 
 
 class Busy(Exception):
@@ -47,12 +52,10 @@ class LiveSettings:
     stall_s: float = 3.0  # live without a picture for so long is stalled
 
 
-def _load(
-    model: str, size: tuple[int, int], engine: str, say: Callable[[str], None], *, window: int, refresh: int
-) -> Stylizer:
+def _load(model: str, size: tuple[int, int], engine: str, say: Callable[[str], None], **build: Any) -> Stylizer:
     from models.load import load
 
-    return load(model, size, engine, say, window=window, refresh=refresh)
+    return load(model, size, engine, say, **build)
 
 
 class Hub:
@@ -87,8 +90,12 @@ class Hub:
         params: Params | None = None,
         model: str | None = None,
         box: tuple[int, int] | None = None,
+        transient: bool = False,
     ) -> Stream:
-        """A new stream. UserError for a bad name or one that exists; `Busy` when there is no room for it."""
+        """A new stream; a `transient` one is forgotten when nobody uses it any more.
+
+        UserError for a bad name or one that exists; `Busy` when there is no room for it.
+        """
         if not NAME.fullmatch(name):
             raise UserError(f"bad stream name: {name[:80]!r}", hint="1 to 64 letters, digits, - or _")
         settings = self.settings
@@ -100,6 +107,7 @@ class Hub:
                 raise Busy(f"{len(self._streams)} streams are all this server takes", "remove one that is not used")
             self._admit(params)
             stream = Stream(name, params, model or settings.model, box or settings.box, self, settings.stall_s)
+            stream.transient = transient
             self._streams[name] = stream
         return stream
 
@@ -135,12 +143,15 @@ class Hub:
         """Whether the worker and the attendant still run."""
         return self.worker.is_alive() and self._attendant.is_alive()
 
-    def stylizer(self, build: Engineering, say: Callable[[str], None]) -> Stylizer:
+    def stylizer(self, build: Engineering, say: Say, progress: Progress) -> Stylizer:
         """The loaded model for a size; loads it in the caller's thread. For the streams."""
         with self._lock:
             found = self._stylizers.pop(build, None)
         if found is None:
-            found = self._load(build.model, build.size, self.engine, say, window=build.window, refresh=build.refresh)
+            window, refresh = build.window, build.refresh
+            found = self._load(
+                build.model, build.size, self.engine, say, window=window, refresh=refresh, progress=progress
+            )
         with self._lock:
             self._stylizers[build] = found  # the newest last
             while len(self._stylizers) > KEPT:
@@ -165,5 +176,10 @@ class Hub:
 
     def _attend(self) -> None:
         while not self._closing.wait(TICK_S):
-            for stream in self.streams():
-                stream.tick()
+            for stream in tuple(self._streams.values()):
+                try:
+                    stream.tick()
+                except Exception:  # a bug in one stream's care must not end that of the others
+                    log.exception("looking after %s failed", stream.name)
+                if stream.transient and stream.unused_s() > FORGET_S:
+                    self.remove(stream.name)

@@ -21,7 +21,7 @@ WAIT_S = "20"
 def listen(url: str) -> Any:
     """Open `url` as a server and wait for a publisher."""
     if url.startswith("rtmp"):
-        return av.open(url, options={"listen": "1", "fflags": "nobuffer"}, timeout=(20, 20))
+        return av.open(url, options={"listen": "1", "analyzeduration": "500000"}, timeout=(20, 20))
     if url.startswith("rtsp"):
         return av.open(url, options={"rtsp_flags": "listen", "listen_timeout": WAIT_S}, timeout=(20, 20))
     command = ["ffmpeg", "-loglevel", "quiet", "-f", "data", "-i", f"{url}?mode=listener"]

@@ -64,7 +64,7 @@ END = object()
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr("stream.live.retry_delays", lambda: iter([0.0] * 100))
+    monkeypatch.setattr("stream.feed.retry_delays", lambda: iter([0.0] * 100))
     hub = Hub(LiveSettings(box=SIZE, stall_s=30.0), load=load())
     yield hub
     hub.close()
@@ -184,8 +184,7 @@ def test_settings_change_live_and_a_bad_one_changes_nothing(hub: Hub) -> None:
     stream.feed(camera.open, "a camera", retry=True)
     live(stream, camera)
     assert stream.patch({"style.prompt": "ink"}).style.prompt == "ink"
-    assert stream._session is not None
-    assert stream._session.params.style.prompt == "ink"
+    assert stream._seat.params.style.prompt == "ink"
     with pytest.raises(UserError):
         stream.patch({"style.steps": 99})
     with pytest.raises(UserError, match="no weights"):
@@ -305,3 +304,14 @@ def test_the_originals_are_what_came_in(hub: Hub) -> None:
     stream.feed(camera.open, "a camera", retry=True)
     camera.show(77)
     assert np.all(box.get(PATIENCE).image == 77)
+
+
+def test_a_stream_made_for_a_publisher_is_forgotten_when_nobody_uses_it(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream.hub.FORGET_S", 0.3)
+    hub.open("kept")
+    hub.open("watched", transient=True).viewers += 1
+    hub.open("left", transient=True)
+    until(lambda: hub.get("left") is None)
+    assert {stream.name for stream in hub.streams()} == {"kept", "watched"}

@@ -111,6 +111,15 @@ def test_pictures_are_young_from_the_first_on(camera: Callable[..., Camera], opt
     assert np.percentile(ages[15:], 50) <= 60
 
 
+@needs_gstreamer
+def test_what_came_while_nobody_read_is_not_shown(camera: Callable[..., Camera]) -> None:
+    with closing(open_source(camera().url)) as source:
+        threading.Event().wait(1.5)  # a model is being loaded
+        ages = [age_ms(frame) for frame in itertools.islice(source.frames(), 40)]
+    assert ages[0] < 500
+    assert np.percentile(ages[:15], 50) <= 100
+
+
 # sound
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+import pytest
 
 from tests.fakes import PATIENCE, SIZE
 from tests.serving import Paced, Serving, eventually, serving
@@ -37,7 +38,8 @@ def parts(pieces: Iterator[bytes], count: int) -> list[np.ndarray]:
     return found
 
 
-def test_a_snapshot_is_the_next_picture(tmp_path: Path) -> None:
+def test_a_snapshot_is_the_next_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream.server.pictures.SNAPSHOT_S", 2.0)
     with serving(tmp_path) as s:
         s.stream()
         for query in ("", "?original=1"):

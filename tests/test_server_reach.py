@@ -107,6 +107,8 @@ def test_sources(hosts: tuple[str, ...], url: str, expected: int) -> None:
     ("hosts", "url", "expected"),
     [
         ((), "virtualcam", 200),
+        ((), "virtualcam:/dev/video9", 200),
+        ((), "virtualcam:/dev/sda", 403),
         ((), "rtmp://cam.example/live/key", 403),
         (("cam.example",), "rtmp://cam.example/live/key", 200),
         (("*",), "rtmp://cam.example/live/key", 403),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -11,8 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from stream.frame import Frame, VideoSpec
+from stream.playout import Playout
 from stream.sinks.file import FileSink
 from stream.sound import PIECE_S, RATE, SAMPLES, Cutter, Delay, Sound, samples_of, sound_of
+from tests.fakes import PATIENCE
 from tests.media import bars
 
 
@@ -185,6 +189,24 @@ def test_sound_that_begins_anew_is_taken_up_again() -> None:
         heard += delay.due(100.0 + (number + 1) * PIECE_S, 0.05)
     assert sum(bool(samples_of(s).any()) for s in heard) >= 46
     assert len(heard) <= 55
+
+
+def test_a_playout_gives_sound_out_with_the_latency_of_the_pictures_and_rests_without() -> None:
+    out: queue.Queue[tuple[float, Sound]] = queue.Queue()
+    playout = Playout(lambda sound: out.put((time.monotonic(), sound)), lambda: 0.15)
+    playout.start()
+    now = time.monotonic()
+    for number in range(20):
+        playout.hear(sound_of(ramp(number), now + number * PIECE_S - 0.3))
+    held = []
+    for _ in range(10):
+        left, sound = out.get(timeout=PATIENCE)
+        held.append(left - sound.captured)
+    assert min(held) >= 0.145
+    assert np.median(held) < 0.4
+    playout.close()
+    playout.join(PATIENCE)
+    assert not playout.is_alive()
 
 
 # recordings

@@ -283,11 +283,29 @@ def test_sessions_that_never_connect_cannot_use_the_server_up(sending: str) -> N
         assert (await http.post("/whip/s1", content=sending, headers=SDP)).status_code == 201
         await live.close()
 
-    run(test, live=LiveSettings(max_streams=16, box=(320, 240)), max_half_open=8, connect_s=2.0)
+    run(test, live=LiveSettings(max_streams=16, box=(320, 240)), max_half_open=8, connect_s=4.0)
 
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def test_answers_keep_to_the_ports_and_the_address_they_are_given(sending: str) -> None:
+    async def test(http: httpx.AsyncClient, server: Server) -> None:
+        first = await http.post("/whip/a", content=sending, headers=SDP)
+        rows = [line.split() for line in first.text.splitlines() if line.startswith("a=candidate:")]
+        assert {row[5] for row in rows} == {"42350"}
+        assert {row[4] for row in rows if ":" not in row[4]} <= {"203.0.113.9"}
+        second = await http.post("/whip/b", content=sending, headers=SDP)  # there is no port left for this one
+        assert second.status_code == 503
+        assert "Retry-After" in second.headers
+        assert [session.name for session in server.peers.sessions] == ["a"]
+        assert server.hub.get("b") is None
+        await http.delete(first.headers["Location"])
+        await eventually(lambda: not server.peers._tasks)
+        assert (await http.post("/whip/b", content=sending, headers=SDP)).status_code == 201
+
+    run(test, udp_ports=(42_350, 42_350), public_ip="203.0.113.9")
 
 
 # sessions
@@ -403,8 +421,9 @@ def test_endpoints_tell_what_they_take() -> None:
             assert options.status_code == 200
             assert options.headers["Accept-Post"] == "application/sdp"
             assert options.headers["Link"] == '<stun:s.example>; rel="ice-server"'
-            assert (await http.put(path)).status_code == 405
-            assert (await http.delete(path)).status_code == 405
+            for method in ("PUT", "PATCH", "DELETE"):
+                refused = await http.request(method, path)
+                assert (refused.status_code, refused.headers["Allow"]) == (405, "POST, GET, HEAD, OPTIONS")
         head = await http.head("/whep/cam")
         assert (head.status_code, head.headers["Content-Type"], head.headers["Content-Length"]) == (
             200,
@@ -660,6 +679,19 @@ def test_another_source_takes_the_stream_from_a_publisher(monkeypatch: pytest.Mo
             assert stream.feeding
             assert stream.feeding.label == "a file"
             held.set()
+
+    run(test)
+
+
+def test_a_publisher_of_a_stream_that_was_removed_meanwhile_is_closed() -> None:
+    async def test(http: httpx.AsyncClient, server: Server) -> None:
+        client = Client(http)
+        answer = await client.http.post("/whip/cam", content=await client.offer(NumberedTrack()), headers=SDP)
+        server.hub.remove("cam")
+        await client.pc.setRemoteDescription(RTCSessionDescription(answer.text, "answer"))
+        await until(client.ended)
+        assert not server.peers.sessions
+        await client.close()
 
     run(test)
 

@@ -100,6 +100,7 @@ class EncodedTrack(MediaStreamTrack):
         except MailboxClosed:
             if self.readyState == "live":
                 self.reason = "the stream has ended"
+        self.stop()  # tells the viewer
         raise MediaStreamError
 
     def _take_over(self, old: EncodedReader, new: EncodedReader) -> None:

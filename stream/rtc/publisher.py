@@ -131,7 +131,9 @@ class Publisher:
 
     def _on_state(self) -> None:
         state = self.pc.connectionState
-        if state == "connected" and self.state == "new":
+        if state == "connected" and self.state == "new" and self.stream.phase == "ended":
+            self.close("the stream is gone")
+        elif state == "connected" and self.state == "new":
             self.state, self.connected = "connected", True
             self._feed = self.stream.feed(self._open, LABEL, retry=False)
             self._start(self._watch(self._feed))

@@ -93,10 +93,11 @@ class Machine(Collector):
 
 def device_memory() -> tuple[int, int] | None:
     """Bytes used and there are on the CUDA device that the model runs on; None where it runs on none."""
-    torch = sys.modules.get("torch")  # never imported here: where a device is in use, the model has imported it
-    if torch is None or not torch.cuda.is_initialized():
+    cuda = sys.modules.get("torch.cuda")  # never imported here: where a device is in use, the model has imported it
+    initialized = getattr(cuda, "is_initialized", None)  # not there yet while another thread is importing it
+    if cuda is None or initialized is None or not initialized():
         return None
-    free, total = torch.cuda.mem_get_info()
+    free, total = cuda.mem_get_info()
     return total - free, total
 
 

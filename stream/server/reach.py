@@ -31,6 +31,7 @@ URL = re.compile(
     r"[\x21-\x5b\x5d-\x7e]{1,2048}"
 )  # printable ASCII without space and backslash: parsers disagree on those
 INNER = ("demo", "test", "camera", "screen")  # sources without a host
+CAMERA = re.compile(r"virtualcam(:(/dev/video\d+|[\w.-]+))?")  # no other device file
 LISTENING = ("listener", "rendezvous")  # modes of SRT that open a port here
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
@@ -82,6 +83,8 @@ class Reach:
                 403, f"{scheme} is not allowed as an output here", "give an rtmp://, srt:// or whip+https:// address"
             )
         if scheme == "virtualcam":
+            if not CAMERA.fullmatch(url):
+                raise Refused(403, "that is no camera", "virtualcam, virtualcam:/dev/video9 or virtualcam:NAME")
             return url
         parts = _split(url)
         self._addresses(parts, self._settings.output_hosts, "--allow-output", anywhere=False)

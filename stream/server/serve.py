@@ -14,6 +14,7 @@ import threading
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from urllib.parse import quote
 
@@ -114,7 +115,8 @@ async def _run(server: Server, hub: Hub, settings: ServerSettings, sock: socket.
     """The streams of the settings, OSC, and HTTP."""
     for name, url in settings.streams.items():
         source = url.get_secret_value()
-        hub.open(name).feed(opener(source), public(source) if "://" in source else source, retry=True)
+        label = public(source) if "://" in source else Path(source).name  # viewers see it
+        hub.open(name).feed(opener(source), label, retry=True)
     faders = None
     if settings.osc_port is not None:
         faders, _ = await osc.listen(hub, settings.osc_host, settings.osc_port)
@@ -226,6 +228,7 @@ def _announce(settings: ServerSettings, made: frozenset[str], browser: bool, say
     bearer = settings.tokens.publish.get_secret_value() if "publish" in made and settings.tokens.publish else ""
     say(f"OBS in    {first}/whip/live" + (f"   bearer token {bearer}" if bearer else ""))
     say(f"OBS out   {first}/view/live?obs=1{query('view', '&')}")
+    say(f"files     {settings.recordings}")
     if settings.exposed and not settings.secure:
         say("note      browsers give other machines' pages no camera without HTTPS: use --tls-cert and --tls-key")
     if browser:

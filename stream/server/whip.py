@@ -133,7 +133,7 @@ class Desk:
         made = stream is None
         if stream is None:
             try:
-                stream = self.hub.open(name)
+                stream = self.hub.open(name, transient=True)
             except Busy as busy:
                 wait = {"Retry-After": str(max(1, round(busy.retry_after_s)))}
                 raise Refused(503, str(busy), busy.hint, wait) from None
@@ -236,6 +236,17 @@ def _add_routes(routes: APIRouter, desk: Desk, kind: Kind) -> None:
     add(resource, "GET", look_at, 204, 401, 403, 404)
     add(resource, "HEAD", look_at, 204, 401, 403, 404)
     add(resource, "OPTIONS", options_of, 200)
+    _refuse_others(routes, endpoint, ["PUT", "PATCH", "DELETE"], "POST, GET, HEAD, OPTIONS")
+    _refuse_others(routes, resource, ["PUT", "POST"], "PATCH, DELETE, GET, HEAD, OPTIONS")
+
+
+def _refuse_others(routes: APIRouter, path: str, methods: list[str], allowed: str) -> None:
+    """405 with every method there is: of itself only that of the first route would be told."""
+
+    async def refuse() -> Response:
+        raise Refused(405, "method not allowed", f"this address takes {allowed}", {"Allow": allowed})
+
+    routes.add_api_route(path, refuse, methods=methods, include_in_schema=False)
 
 
 async def _body(request: Request, media_type: str, limit: int, accepted: Mapping[str, str]) -> str:

@@ -11,7 +11,6 @@ from fractions import Fraction
 from typing import cast
 
 import av
-from av.audio.stream import AudioStream
 from av.codec.context import Flags
 from av.container import InputContainer
 from av.packet import Packet
@@ -20,17 +19,18 @@ from av.video.stream import VideoStream
 
 from accel.errors import UserError
 from stream.frame import Frame, VideoSpec, to_us
-from stream.sound import Cutter, Sound
+from stream.sound import Sound
 from stream.source import SourceLost
+from stream.sources.ear import Ear
 from stream.sources.picture import Picture
 
 av.logging.set_level(None)  # FFmpeg's log callback takes the GIL from its own threads and can deadlock with them
 
 JUMP_US = 1_000_000  # pts going back further than this start a new epoch
-WAITED_S = 0.002  # a packet that took less had been waiting for us
-BACKLOG = 90  # frames at most that are thrown away to catch up with a live source
-STRAY_S = 0.3  # pictures whose time of capture strays further from their pts begin a new reckoning
-FAR_S = 2.0  # sound further than this from its pictures is taken for captured when it came
+WAITED_S = 0.002  # a packet without pts that took less had been waiting for us
+STALE_S = 0.3  # a first picture that waited longer for its reader is not shown
+BEHIND_S = 0.05  # more than a frame
+BACKLOG = 300  # frames at most that are thrown away to catch up with a live source
 SILENCE_S = 5.0  # a live source that sends no picture for so long is lost, whatever else it sends
 
 
@@ -71,14 +71,15 @@ class ContainerSource:
         self._reading = self._closed = False
         self._fault = ""  # why reading ended before its end
         self._waited = 0.0
-        self._ear: _Ear | None = None
+        self._ear: Ear | None = None
         try:
             self._stream = _video_stream(container, opening)
             if opening.live and container.streams.audio:
-                self._ear = _Ear(container.streams.audio[0], opening.clock)
+                self._ear = Ear(container.streams.audio[0], opening.clock)
                 self.has_sound = True
             self._decoded = self._decode()
             self._first = self._first_picture()
+            self._opened = opening.clock()
         except BaseException:
             container.close()
             raise
@@ -136,14 +137,26 @@ class ContainerSource:
         yield from self._decoded
 
     def _current(self) -> Iterator[av.VideoFrame]:
-        """The first picture at once, then without those that piled up between opening and reading."""
-        yield self._first
-        behind = BACKLOG
-        for picture in self._decoded:
-            behind = behind - 1 if self._waited < WAITED_S else 0
-            if behind <= 0:
+        """The first picture at once where it is fresh, then without those that piled up between opening and reading."""
+        then = self._opening.clock()
+        if then - self._opened < STALE_S:
+            yield self._first
+            then = self._opening.clock()
+        zero = shown = self._first.time  # RTSP does not always tell it of the first
+        for count, picture in enumerate(self._decoded):
+            now = self._opening.clock()
+            if picture.time is None:
+                old = self._waited < WAITED_S
+            else:
+                if zero is None or shown is None:
+                    zero = shown = picture.time - 1 / self.spec.fps
+                # it came much sooner after the one before than it was taken, or is further behind than the clock says
+                old = now - then < (picture.time - shown) / 2 or now - self._opened - (picture.time - zero) > BEHIND_S
+                shown = picture.time
+            if count == BACKLOG or not old:
                 yield picture
                 break
+            then = now
         yield from self._decoded
 
     def _decode(self) -> Generator[av.VideoFrame, None, None]:
@@ -181,7 +194,7 @@ class ContainerSource:
                 self._fault = f"sound but no picture for {self._opening.silence_s:.0f} s"
                 return
             elif self.sound:
-                self._ear.hear(cast("Packet[AudioStream]", packet), self.sound)
+                self._ear.hear(packet, self.sound)
 
     def _first_picture(self) -> av.VideoFrame:
         picture = next(self._decoded, None)
@@ -222,34 +235,6 @@ class ContainerSource:
             end=None if opening.live else _end(self._container, stream),
             origin=opening.origin,
         )
-
-
-class _Ear:
-    """Decodes the sound of a live source; its times of capture follow the pictures', so that lips match."""
-
-    def __init__(self, stream: AudioStream, clock: Callable[[], float]) -> None:
-        self.stream = stream
-        self._clock = clock
-        self._cutter = Cutter()
-        self._zero: float | None = None  # time of capture of pts 0
-
-    def seen(self, pts: float, captured: float) -> None:
-        """A picture of `pts` s was captured."""
-        zero = captured - pts
-        if self._zero is None or abs(zero - self._zero) > STRAY_S:
-            self._zero = zero
-        self._zero += 0.05 * (zero - self._zero)
-
-    def hear(self, packet: Packet[AudioStream], sound: Callable[[Sound], None]) -> None:
-        """Decode a packet and hand on the whole pieces; what cannot be decoded is a gap."""
-        with contextlib.suppress(av.FFmpegError):
-            for frame in self.stream.decode(packet):
-                now = self._clock()
-                captured = now if frame.time is None or self._zero is None else frame.time + self._zero
-                if abs(captured - now) > FAR_S:  # the two have different clocks
-                    captured = now
-                for piece in self._cutter.put(frame, captured):
-                    sound(piece)
 
 
 def _video_stream(container: InputContainer, opening: Opening) -> VideoStream:

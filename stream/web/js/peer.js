@@ -197,7 +197,8 @@ function gathered(pc, most_ms) {
 export function iceServersOf(link) {
   const servers = [];
   for (const [, urls, rest] of (link ?? "").matchAll(/<([^>]+)>((?:[^,"]|"[^"]*")*)/g)) {
-    const parameters = Object.fromEntries([...rest.matchAll(/([\w-]+)="?([^";]*)"?/g)].map(([, k, v]) => [k, v]));
+    const pairs = [...rest.matchAll(/([\w-]+)=(?:"([^"]*)"|([^;\s]*))/g)];
+    const parameters = Object.fromEntries(pairs.map(([, name, quoted, bare]) => [name, quoted ?? bare]));
     if (parameters.rel !== "ice-server") continue;
     const { username, credential } = parameters;
     servers.push(username ? { urls, username, credential } : { urls });

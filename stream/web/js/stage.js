@@ -12,7 +12,7 @@ export class Stage {
     this.root = $("stage");
     this.split = new Split(this.root, $("handle"));
     this.comparing = true;
-    this.mirrored = false;
+    this.mirrored = this.slated = false;
     this.#layout();
     for (const id of ["before", "after"]) $(id).addEventListener("playing", () => this.#layout());
   }
@@ -69,13 +69,20 @@ export class Stage {
     $("before").hidden = this.idle || !this.camera;
     $("after").hidden = Boolean(this.idle);
     for (const id of ["before-example", "after-example"]) $(id).hidden = !this.idle;
-    this.split.show(this.comparing && (this.idle || Boolean(this.camera) || Boolean(this.available)));
+    const two = this.idle || (!this.slated && Boolean(this.camera || this.available));
+    this.split.show(this.comparing && two);
   }
 
   /** The pill: `phase` colours its dot. `progress` 0–1, or null. */
   words(phase, words, progress = null) {
     $("pill").dataset.phase = phase;
-    this.root.classList.toggle("slated", !["live", "slow"].includes(phase)); // the server shows words, not a mirror's picture
+    const shown = $("after").readyState >= 2 || !$("after-still").hidden;
+    const slated = shown && !["idle", "live", "slow"].includes(phase); // the server shows words, neither mirrored nor cut
+    if (slated !== this.slated) {
+      this.slated = slated;
+      this.root.classList.toggle("slated", slated);
+      this.#layout();
+    }
     if ($("words").textContent !== words) $("words").textContent = words;
     $("progress").hidden = progress === null;
     if (progress !== null) $("progress").value = progress;
