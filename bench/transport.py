@@ -88,7 +88,9 @@ def measure(
 ) -> dict[str, Any]:
     """The report: age of pictures at a viewer, and the server's own share of it. Raises UserError."""
     if size[0] % clockcode.COLUMNS:
-        raise UserError(f"a width of {size[0]}", hint=f"the code in the picture wants a multiple of {clockcode.COLUMNS}")
+        raise UserError(
+            f"a width of {size[0]}", hint=f"the code in the picture wants a multiple of {clockcode.COLUMNS}"
+        )
     opened = open_source(source, size=size, fit="stretch")
     try:
         pictures = [frame.image for frame in islice(opened.frames(), CLIP_FRAMES)]
@@ -192,9 +194,7 @@ def _get(url: str) -> dict[str, Any]:
     return found
 
 
-def _report(
-    seen: Seen, status: dict[str, Any], size: tuple[int, int], fps: float, seconds: float
-) -> dict[str, Any]:
+def _report(seen: Seen, status: dict[str, Any], size: tuple[int, int], fps: float, seconds: float) -> dict[str, Any]:
     from bench.machine import describe
 
     glass = percentiles(seen.ages_ms, (50, 95, 99))

@@ -12,7 +12,6 @@ from models.rolling import Window
 from models.spec import MODELS
 from models.stylizer import LatentStylizer, Networks
 
-
 EFFORT = {"encode": 0.1, "unet": 0.8, "decode": 0.1}  # share of the time that compiling each network takes
 
 

@@ -34,7 +34,12 @@ bench_app = typer.Typer(help="Measure what this machine does.", **_plain)
 app.add_typer(engines_app, name="engines")
 app.add_typer(bench_app, name="bench")
 
-To = Annotated[list[str] | None, typer.Option("--to", metavar="SINK", help="a file, window or null")]
+To = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--to", metavar="SINK", help="a file, window, virtualcam, rtmp://…, rtsp://…, srt://…, whip+https://… or null"
+    ),
+]
 Model = Annotated[str, typer.Option(help="see `livestyle models`")]
 Engine = Annotated[str, typer.Option(help="auto, openvino, torch, torch-cuda, tensorrt or null")]
 Size = Annotated[str, typer.Option(metavar="WxH", help="box the picture is fitted into, pixels")]
@@ -76,7 +81,9 @@ def demo(
 
 @app.command()
 def run(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a file, camera[:N], rtsp://…, demo or test")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="a file, camera[:N], screen[:N], rtsp://…, demo or test")
+    ],
     to: To = None,
     model: Model = "mini",
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="what it should look like")] = None,
@@ -110,6 +117,65 @@ def run(
         print(f"{done} {counts}, {outcome.stats['dropped']} dropped → {', '.join(job.sinks)}", file=sys.stderr)
     if outcome.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="address to listen on; 0.0.0.0 is the whole network")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="8787 unless given")] = None,
+    token: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="LIVESTYLE_TOKEN", metavar="[SCOPE=]TOKEN", help="for all, or for publish, view or control"
+        ),
+    ] = None,
+    stream: Annotated[list[str] | None, typer.Option(metavar="NAME=SOURCE", help="a stream to begin with")] = None,
+    model: Annotated[str | None, typer.Option(help="see `livestyle models`")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="what it should look like")] = None,
+    engine: Annotated[str | None, typer.Option(help="as for `livestyle run`")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="box the pictures are fitted into, pixels")] = None,
+    preset: Annotated[str | None, typer.Option(help="fast or quality")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="F.toml", help="settings file, with a table [server]")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting")] = None,
+    allow_source: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="that clients may name; also camera, screen")
+    ] = None,
+    allow_output: Annotated[list[str] | None, typer.Option(metavar="HOST", help="that clients may send to")] = None,
+    recordings: Annotated[Path | None, typer.Option(metavar="FOLDER", help="where recordings go")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(metavar="F.pem", help="certificate, for HTTPS")] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="F.pem", help="its key")] = None,
+    public_ip: Annotated[str | None, typer.Option(metavar="IP", help="address that others see, for WebRTC")] = None,
+    udp_ports: Annotated[str | None, typer.Option(metavar="A-B", help="UDP ports for WebRTC")] = None,
+    ice_server: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT")
+    ] = None,
+    osc: Annotated[int | None, typer.Option(metavar="PORT", min=0, max=65535, help="listen for OSC")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
+) -> None:
+    """The page, WHIP in, WHEP out, a control API and metrics, until Ctrl-C."""
+    from stream.config import load_params, parse_size
+    from stream.server import config as server
+    from stream.server.serve import serve as run_server
+
+    flags: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "live.model": model,
+        "live.engine": engine,
+        "live.box": parse_size(size)[0] if size else None,
+        "recordings": recordings,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "public_ip": public_ip,
+        "udp_ports": server.ports_of(udp_ports),
+        "ice_servers": [server.ice_server_of(text) for text in ice_server] if ice_server else None,
+        "osc_port": osc,
+        **server.tokens_of(token or ()),
+        **{f"streams.{name}": source for name, source in server.pairs_of(stream or (), "--stream").items()},
+    }
+    settings = server.allowed(server.load_server_settings(config, flags), allow_source or (), allow_output or ())
+    params = load_params(preset, config, set_ or (), {} if prompt is None else {"style.prompt": prompt})
+    raise typer.Exit(run_server(settings, params, browser=open_))
 
 
 @app.command()
@@ -205,6 +271,28 @@ def bench_engines(
 
     _check_reports(json_file, html_file)
     report = measure_model(model, parse_size(size)[0], tuple(engine or ()), launches, _say)
+    _publish(report, json_file, html_file)
+
+
+@bench_app.command("transport")
+def bench_transport(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="what the camera sees")] = "demo",
+    model: Model = "mini",
+    engine: Engine = "auto",
+    size: Size = "640x360",
+    fps: Annotated[float, typer.Option(min=1, max=120, help="of the camera")] = 30.0,
+    seconds: Annotated[float, typer.Option(min=1, help="to measure")] = 20.0,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting")] = None,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+) -> None:
+    """Glass to glass: publish by WHIP, watch by WHEP, and read the time out of the pictures."""
+    from bench import transport
+    from stream.config import parse_size
+
+    _check_reports(json_file, html_file)
+    box = parse_size(size)[0]
+    report = transport.measure(source, model, engine, box, fps, seconds, tuple(set_ or ()), _say)
     _publish(report, json_file, html_file)
 
 

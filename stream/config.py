@@ -107,7 +107,8 @@ def _toml(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return flatten({name: value for name, value in table.items() if name != "server"})  # that one is for `serve`
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", hint="check the path given to --config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

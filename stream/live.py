@@ -19,6 +19,7 @@ from stream.levels import Controller, ladder
 from stream.mailbox import Fanout
 from stream.meter import Meter
 from stream.output import Attached
+from stream.playout import Playout
 from stream.pump import Epoch
 from stream.seat import Seat
 from stream.session import Shared
@@ -31,6 +32,7 @@ Phase = Literal["waiting", "loading", "live", "reconnecting", "stalled", "failed
 
 SLATE_AFTER_S = 0.7  # without a picture for so long, a slate is shown
 RECORDER_ROOM = 60  # frames that an output which must not lose any may lag behind
+EARS_ROOM = 100  # pieces of sound: 2 s
 NOTES = 8  # of the newest, kept for the status
 
 
@@ -66,7 +68,8 @@ class Stream:
         self.meter = Meter()
         self.outlets = Fanout[Frame]()
         self.originals = Fanout[Frame]()
-        self.sound = Fanout[Sound]()
+        self.heard = Fanout[Sound]()  # sound as it comes in
+        self.sound = Fanout[Sound]()  # the same, held back until the pictures of its time leave
         self.viewers = 0
         self.transient = False  # made for a publisher: forgotten when nobody has used it for a while
         self.reconnects = 0
@@ -83,6 +86,8 @@ class Stream:
         self._phase: Phase = "waiting"
         self._card: tuple[object, Any] = (None, None)
         self._slates = count()
+        self._playout = Playout(self.sound.put, lambda: self.meter.recent_latency_ms(95) / 1000)
+        self._playout.start()
         self._used = house.clock()  # s, when it last had a source, a viewer or an output
 
     # sources
@@ -119,7 +124,12 @@ class Stream:
         self._epoch.end()
         self.fps = source.spec.fps or self.fps
         if hasattr(source, "sound"):
-            source.sound = self.sound.put
+            source.sound = self.hear
+
+    def hear(self, sound: Sound) -> None:
+        """20 ms of sound of the source."""
+        self.heard.put(sound)
+        self._playout.hear(sound)
 
     def take(self, frame: Frame) -> None:
         """One captured picture: to whoever wants it as it is, and to the worker."""
@@ -158,7 +168,8 @@ class Stream:
     def attach(self, sink: Sink, *, lossless: bool = False) -> Attached:
         """Write what comes out to `sink`, in a thread of its own. `lossless`: rather late than with a gap."""
         room = RECORDER_ROOM if lossless else 1
-        output = Attached(self.name, sink, self.outlets.subscribe(room), lambda text: self.say("sink", text))
+        ears = self.heard.subscribe(EARS_ROOM) if hasattr(sink, "hear") else None
+        output = Attached(self.name, sink, self.outlets.subscribe(room), lambda text: self.say("sink", text), ears)
         with self._lock:
             self.outputs = [*(other for other in self.outputs if other.is_alive()), output]
         output.start()
@@ -270,7 +281,8 @@ class Stream:
             outputs = self.outputs
         self.unfeed()
         self._seat.close(5.0)
-        for fanout in (self.outlets, self.originals, self.sound):
+        self._playout.close()
+        for fanout in (self.outlets, self.originals, self.heard, self.sound):
             fanout.close()
         for output in outputs:
             output.join(10.0)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from stream.histogram import Histogram
+
 SAMPLES = 4096  # the newest latencies, and the newest times of each stage, that percentiles are taken of
 WINDOW = 64  # frames the sliding rate is taken over, at most
 IDLE = 5.0  # s; a rate with nothing newer than this is 0
@@ -30,6 +32,7 @@ class Meter:
         self._lock = threading.Lock()
         self._latencies: deque[float] = deque(maxlen=SAMPLES)  # ms
         self._stages: dict[str, deque[float]] = {}  # ms
+        self._histograms: dict[str, Histogram] = {}  # stage → since the start; "" is the latency
         self._outs: deque[float] = deque(maxlen=WINDOW)  # s
         self._keys: deque[float] = deque(maxlen=WINDOW)  # s
         self._out_span = (0.0, 0.0)  # s, first and last frame out
@@ -59,6 +62,7 @@ class Meter:
             self.frames_out += 1
             self._outs.append(now)
             self._latencies.append((now - captured) * 1000)
+            self._histograms.setdefault("", Histogram()).add((now - captured) * 1000)
 
     def stage(self, name: str, ms: float) -> None:
         """One frame spent `ms` milliseconds in the stage `name`."""
@@ -69,6 +73,7 @@ class Meter:
         with self._lock:
             for name, ms in times_ms.items():
                 self._stages.setdefault(name, deque(maxlen=SAMPLES)).append(ms)
+                self._histograms.setdefault(name, Histogram()).add(ms)
 
     def fps(self) -> float:
         """Frames out per second, over the run."""
@@ -109,6 +114,11 @@ class Meter:
         """A copy of the newest latencies and stage times, in ms."""
         with self._lock:
             return list(self._latencies), {name: list(times) for name, times in self._stages.items()}
+
+    def histograms(self) -> dict[str, Histogram]:
+        """Every stage's times since the start, and under "" the latencies."""
+        with self._lock:
+            return {name: histogram.copy() for name, histogram in self._histograms.items()}
 
     def stats(self, info: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         """The `--stats` report. `info` tells model, engine, device and versions; `size` is (width, height)."""

@@ -21,8 +21,9 @@ from stream.config import patched
 from stream.frame import Frame
 from stream.pump import start_pump
 from stream.session import Session
-from stream.sink import Sink, check_sink, open_sink
+from stream.sink import Sink, check_sink, is_outward, open_sink
 from stream.sink import scheme_of as sink_scheme
+from stream.sound import Sound
 from stream.source import Source, SourceLost, open_source
 from stream.source import scheme_of as source_scheme
 from stream.status import Status
@@ -97,8 +98,19 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
     with Interrupts().installed() as interrupts, contextlib.ExitStack() as opened:
         check_paths(job)
 
+        sinks: list[Sink] = []
+        realtime = job.realtime or any(is_outward(url) for url in job.sinks)
+
+        def hear(sound: Sound) -> None:
+            for sink in sinks:
+                if hasattr(sink, "hear"):
+                    sink.hear(sound)
+
         def open() -> Source:
-            return open_source(job.source, size=job.size, fit=job.params.frame.fit, realtime=job.realtime)
+            source = open_source(job.source, size=job.size, fit=job.params.frame.fit, realtime=realtime)
+            if hasattr(source, "sound"):
+                source.sound = hear
+            return source
 
         source = open()
         opened.callback(source.close)
@@ -111,11 +123,12 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
         told = [*job.notes, *source.warnings, *([advice] if advice else [])]
         for note in told:
             say(note)
-        sinks: list[Sink] = []
         for url in job.sinks:
             settings = job.params.sink
             sinks.append(open_sink(url, spec, codec=settings.codec, crf=settings.crf))
             opened.callback(sinks[-1].close)
+            if getattr(source, "has_sound", False) and hasattr(sinks[-1], "sounding"):
+                sinks[-1].sounding()
         opened.pop_all()  # from here on their threads close them
         interrupts.raises = False
         total = job.frames or (None if spec.live else spec.frames)

@@ -47,6 +47,9 @@ SCHEMES: dict[str, str] = {
 }
 
 
+OUTWARD = ("virtualcam", "publish", "whip")  # modules whose viewers see frames when they are written
+
+
 def scheme_of(url: str) -> str:
     """The row of the scheme table a SINK belongs to; a bare path is `file`. Raises UserError for an unknown one.
 
@@ -66,6 +69,11 @@ def scheme_of(url: str) -> str:
             hint="a sink is a file (.mp4 .mkv .mov), virtualcam, rtmp:// rtsp:// srt:// whip+https://, window or null",
         )
     return scheme.lower()
+
+
+def is_outward(url: str) -> bool:
+    """Whether a SINK shows frames to others at once: a recording must be played at its own rate for it."""
+    return SCHEMES[scheme_of(url)] in OUTWARD
 
 
 def check_sink(url: str, *, codec: str = "h264", origin: str | None = None) -> None:

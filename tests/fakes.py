@@ -171,9 +171,7 @@ def install(step_s: float = 0.0) -> None:
         size: tuple[int, int],
         engine: str = "auto",
         log: Callable[[str], None] = print,
-        *,
-        window: int = 0,
-        refresh: int = 0,
+        **build: object,
     ) -> FakeStylizer:
         log(f"engine null: {model}")
         return FakeStylizer(size, before=lambda state, params: time.sleep(step_s))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from accel.errors import UserError
+from bench.clockcode import draw, now_ms, read
 from models.params import Params
 from stream.frame import Frame
 from stream.pump import pump
@@ -22,7 +23,6 @@ from stream.session import Session
 from stream.sound import Sound, samples_of
 from stream.source import SourceLost, open_source
 from stream.sources import network
-from tests.clockcode import draw, now_ms, read
 from tests.fakes import PATIENCE
 
 SYSTEM_PYTHON = Path("/usr/bin/python3")

@@ -55,7 +55,7 @@ class Arrivals:
             return None
         buffer = buffer_of(self._receiver)
         if buffer is not None:  # counts by itself, see stream.rtc.tuning
-            return None if buffer._last is None else (pts + buffer._last[0] - buffer._last[1]) & 0xFFFFFFFF
+            return buffer.rtp_timestamp(pts)
         origin = getattr(self._receiver, _PRIVATE + "timestamp_mapper")._origin
         return None if origin is None else (pts + origin) & 0xFFFFFFFF
 

@@ -31,7 +31,8 @@ from stream.sound import Cutter
 from stream.source import Size
 
 if TYPE_CHECKING:
-    from stream.live import Feed, Stream
+    from stream.feed import Feed
+    from stream.live import Stream
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ class Publisher:
             while True:
                 frame: Any = await track.recv()
                 for piece in cutter.put(frame, self._clock()):
-                    self.stream.sound.put(piece)
+                    self.stream.hear(piece)
         except MediaStreamError:
             pass  # the video goes on without
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+import time
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from models.spec import available
 from stream.config import flatten, parse_size, patched
 from stream.hub import Busy, Hub
 from stream.live import Stream
+from stream.rtc import ice
 from stream.server.auth import Guard, token_of
 from stream.server.errors import Problem, Refused
 from stream.server.outputs import Outputs
@@ -85,8 +87,7 @@ def _about(hub: Hub, settings: ServerSettings, guard: Guard) -> APIRouter:
             "ice_servers": [
                 {
                     "urls": list(server.urls),
-                    "username": server.username,
-                    "credential": server.credential.get_secret_value() if server.credential else None,
+                    **dict(zip(("username", "credential"), ice.credentials(server, time.time()), strict=True)),
                 }
                 for server in servers
             ],
@@ -99,6 +100,7 @@ def _about(hub: Hub, settings: ServerSettings, guard: Guard) -> APIRouter:
                 "max_viewers": settings.max_viewers,
                 "max_recordings": settings.max_recordings,
                 "max_outputs": settings.max_outputs,
+                "box": list(hub.settings.box),
             },
         }
 

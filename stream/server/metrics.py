@@ -142,7 +142,7 @@ def _histograms(streams: list[Stream]) -> Iterable[Metric]:
     )
     stages = HistogramMetricFamily("livestyle_stage_seconds", "time per stage", labels=("stream", "stage"))
     for stream in streams:
-        for name, histogram in getattr(stream.meter, "histograms", dict)().items():
+        for name, histogram in stream.meter.histograms().items():
             family, labels = (stages, (stream.name, name)) if name else (latency, (stream.name,))
             family.add_metric(labels, _buckets(histogram), histogram.sum_ms / 1000)
     yield latency

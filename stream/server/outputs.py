@@ -10,7 +10,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from stream.frame import VideoSpec
-from stream.live import Attached, Stream
+from stream.live import Stream
+from stream.output import Attached
 from stream.server.errors import Refused
 from stream.server.reach import Reach
 from stream.sink import open_sink
@@ -31,7 +32,9 @@ class Output:
     def record(self) -> dict[str, Any]:
         """What there is to say about it, ready for JSON."""
         attached = self.attached
-        state = "live" if attached.is_alive() else "failed" if attached.error else "ended"
+        state = getattr(attached.sink, "state", "live")  # a publisher tells whether it is connected
+        if not attached.is_alive():
+            state = "failed" if attached.error else "ended"
         return {
             "id": self.id,
             "url": self.url,

@@ -19,7 +19,7 @@ from functools import partial
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from accel.errors import UserError
-from stream.live import Opener
+from stream.feed import Opener
 from stream.server.errors import Refused
 from stream.server.settings import ServerSettings
 from stream.sink import scheme_of as sink_scheme

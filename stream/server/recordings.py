@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from accel.errors import UserError
 from stream.frame import Frame, VideoSpec
-from stream.live import Attached, Stream
+from stream.live import Stream
 from stream.mailbox import Mailbox, MailboxClosed
+from stream.output import Attached
 from stream.server.errors import Refused
 from stream.sinks.file import FileSink
 from stream.sinks.letterbox import boxed
@@ -139,7 +140,7 @@ class Recordings:
             id = f"{stream.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
             path = self.folder / f"{id}.mp4"
             sink = FileSink(path, VideoSpec(width, height, stream.fps, live=True), "h264", stream.params.sink.crf)
-            recorder = Recorder(sink, (width, height), path, stream.sound.subscribe(SOUND_ROOM))
+            recorder = Recorder(sink, (width, height), path, stream.heard.subscribe(SOUND_ROOM))
             recording = Recording(id, stream.name, path, time.time(), recorder)
             self._made[id] = recording
             for old in list(self._made)[:-KEPT]:

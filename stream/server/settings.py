@@ -32,6 +32,9 @@ class IceServer(_Section):
     urls: Annotated[tuple[str, ...], Field(min_length=1, description="stun:host:port, turn:host:port?transport=udp")]
     username: str | None = None
     credential: SecretStr | None = None
+    secret: Annotated[SecretStr | None, Field(description="coturn's static-auth-secret: credentials that run out")] = (
+        None
+    )
 
 
 class Live(_Section):
