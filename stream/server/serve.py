@@ -147,6 +147,7 @@ def configured(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
         ssl_keyfile=str(settings.tls_key) if settings.tls_key else None,
     )
     logging.getLogger("uvicorn.error").addFilter(_of_interest)
+    logging.getLogger("aiortc").setLevel(logging.ERROR)  # it warns of every frame that a stranger codes wrongly
     try:
         config.load()
     except (OSError, ssl.SSLError) as error:
