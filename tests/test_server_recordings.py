@@ -84,7 +84,7 @@ def test_sound_is_recorded_with_the_pictures(tmp_path: Path) -> None:
 
         def speak() -> None:
             while not over.wait(0.02):
-                stream.sound.put(sound_of(np.full((SAMPLES, 2), 1000, np.int16), time.monotonic()))
+                stream.hear(sound_of(np.full((SAMPLES, 2), 1000, np.int16), time.monotonic()))
 
         speaker = threading.Thread(target=speak)
         speaker.start()
