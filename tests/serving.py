@@ -63,10 +63,12 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serving(tmp_path: Path, **changes: Any) -> Iterator[Serving]:
+def serving(
+    tmp_path: Path, load: Callable[..., Any] = fake_load, box: tuple[int, int] = SIZE, **changes: Any
+) -> Iterator[Serving]:
     """A server with these settings; warnings and errors of its threads are the test's."""
     settings = ServerSettings(**({"port": 0, "recordings": tmp_path / "recordings", "rate_per_s": 0} | changes))
-    hub = Hub(LiveSettings(box=SIZE, max_streams=settings.live.max_streams), fake_load)
+    hub = Hub(LiveSettings(box=box, max_streams=settings.live.max_streams), load)
     app = create_app(hub, settings)
     ready = threading.Event()
     with listening(settings) as sock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
+import av
 import httpx
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ from stream.server.errors import Refused, problem
 from stream.server.reach import opener
 from stream.source import open_source
 from tests.fakes import PATIENCE, FakeLaunched, FakeStylizer
-from tests.page_server import Served, serving
+from tests.media import CLIPS
+from tests.serving import Serving, serving
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -37,6 +40,7 @@ FLAGS = [
     "--disable-component-update",
     "--mute-audio",
 ]
+BOX = (512, 288)
 LIVE = "#pill[data-phase=live]"
 MS = 1000 * PATIENCE
 PICTURES_MOST = 400_000  # bytes of the style cards
@@ -57,8 +61,8 @@ def load(model: str, size: tuple[int, int], engine: str, say: Callable[[str], No
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("recordings"), load) as server:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    with serving(tmp_path_factory.mktemp("page"), load, BOX) as server:
         yield server
 
 
@@ -85,7 +89,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="module")
-def live(browser: Browser, served: Served) -> Iterator[Page]:
+def live(browser: Browser, served: Serving) -> Iterator[Page]:
     """A page on which Start was pressed and the camera is seen stylized."""
     with browser.new_context(accept_downloads=True) as context:
         context.set_default_timeout(MS)
@@ -193,7 +197,7 @@ def test_no_file_of_the_page_fetches_from_another_site() -> None:
 
 
 @needs_chromium
-def test_the_page_opens_quietly_and_asks_nobody_else(page: Page, served: Served) -> None:
+def test_the_page_opens_quietly_and_asks_nobody_else(page: Page, served: Serving) -> None:
     said: list[str] = []
     asked: list[str] = []
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
@@ -208,7 +212,7 @@ def test_the_page_opens_quietly_and_asks_nobody_else(page: Page, served: Served)
 
 
 @needs_chromium
-def test_ice_servers_of_a_link_header_and_the_clock_of_the_quickest_answer(page: Page, served: Served) -> None:
+def test_ice_servers_of_a_link_header_and_the_clock_of_the_quickest_answer(page: Page, served: Serving) -> None:
     page.goto(served.url)
     link = '<stun:s:1>; rel="ice-server", <turn:t:2?transport=udp>; rel="ice-server"; username="u"; credential="a,b;c"'
     servers = page.evaluate("(link) => import('/static/js/peer.js').then((m) => m.iceServersOf(link))", link)
@@ -236,7 +240,7 @@ def test_start_shows_the_camera_stylized_beside_itself(live: Page) -> None:
 
 
 @needs_chromium
-def test_a_style_card_is_seen_within_a_second(live: Page, served: Served) -> None:
+def test_a_style_card_is_seen_within_a_second(live: Page, served: Serving) -> None:
     live.locator(".card", has_text="neon").click()
     becomes(live, lambda: max(colour(live, "#after")) < 40, within_ms=1000)
     stream = served.hub.get("cam")
@@ -249,7 +253,7 @@ def test_a_style_card_is_seen_within_a_second(live: Page, served: Served) -> Non
 
 
 @needs_chromium
-def test_a_bad_setting_is_refused_in_words_at_its_field(live: Page, served: Served) -> None:
+def test_a_bad_setting_is_refused_in_words_at_its_field(live: Page, served: Serving) -> None:
     stream = served.hub.get("cam")
     assert stream is not None
     live.locator("#set-style-steps").fill("40")
@@ -294,7 +298,7 @@ def test_snapshot_and_recording_are_downloaded(live: Page, tmp_path: Path) -> No
 
 
 @needs_chromium
-def test_a_source_that_is_not_allowed_is_refused_with_a_hint(live: Page, served: Served) -> None:
+def test_a_source_that_is_not_allowed_is_refused_with_a_hint(live: Page, served: Serving) -> None:
     live.get_by_role("button", name="Add source").click()
     live.locator("#source-url").fill("rtsp://10.9.8.7/stream")
     live.locator("#source-form button[type=submit]").click()
@@ -304,7 +308,7 @@ def test_a_source_that_is_not_allowed_is_refused_with_a_hint(live: Page, served:
 
 
 @needs_chromium
-def test_a_source_by_its_url_is_shown_in_the_style_that_was_chosen(page: Page, served: Served) -> None:
+def test_a_source_by_its_url_is_shown_in_the_style_that_was_chosen(page: Page, served: Serving) -> None:
     page.goto(served.url)
     page.locator(".card", has_text="neon").click()
     page.get_by_role("button", name="Add source").click()
@@ -318,7 +322,7 @@ def test_a_source_by_its_url_is_shown_in_the_style_that_was_chosen(page: Page, s
 
 
 @needs_chromium
-def test_a_connection_that_is_lost_comes_back_by_itself(page: Page, served: Served) -> None:
+def test_a_connection_that_is_lost_comes_back_by_itself(page: Page, served: Serving) -> None:
     served.hub.open("film").feed(opener("demo"), "demo", retry=True)
     with page.expect_response("**/whep/film") as answered:
         page.goto(f"{served.url}/view/film?obs=1")
@@ -333,7 +337,7 @@ def test_a_connection_that_is_lost_comes_back_by_itself(page: Page, served: Serv
 
 
 @needs_chromium
-def test_pictures_come_over_http_where_webrtc_cannot_get_through(page: Page, served: Served) -> None:
+def test_pictures_come_over_http_where_webrtc_cannot_get_through(page: Page, served: Serving) -> None:
     page.add_init_script("""
       const Real = RTCPeerConnection;
       globalThis.RTCPeerConnection = class extends Real {
@@ -357,7 +361,7 @@ def test_pictures_come_over_http_where_webrtc_cannot_get_through(page: Page, ser
         (None, "--tls-cert"),
     ],
 )
-def test_why_there_is_no_camera_is_said_with_help(page: Page, served: Served, refuse: str | None, words: str) -> None:
+def test_why_there_is_no_camera_is_said_with_help(page: Page, served: Serving, refuse: str | None, words: str) -> None:
     script = f"navigator.mediaDevices.{refuse}" if refuse else "delete Navigator.prototype.mediaDevices"
     page.add_init_script(script)
     page.goto(served.url)
@@ -368,7 +372,7 @@ def test_why_there_is_no_camera_is_said_with_help(page: Page, served: Served, re
 
 
 @needs_chromium
-def test_a_camera_that_the_user_does_not_allow_is_explained(playwright: Playwright, served: Served) -> None:
+def test_a_camera_that_the_user_does_not_allow_is_explained(playwright: Playwright, served: Serving) -> None:
     with playwright.chromium.launch(
         executable_path=CHROMIUM, args=[*FLAGS, "--use-fake-ui-for-media-stream=deny"]
     ) as browser:
@@ -381,7 +385,7 @@ def test_a_camera_that_the_user_does_not_allow_is_explained(playwright: Playwrig
 
 @needs_chromium
 @pytest.mark.parametrize("width", [360, 820, 1280])
-def test_nothing_is_wider_than_the_screen(page: Page, served: Served, width: int) -> None:
+def test_nothing_is_wider_than_the_screen(page: Page, served: Serving, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 780})
     page.goto(served.url)
     page.locator(".card").first.wait_for()
@@ -391,7 +395,7 @@ def test_nothing_is_wider_than_the_screen(page: Page, served: Served, width: int
 
 
 @needs_chromium
-def test_the_keyboard_reaches_everything_and_shows_where_it_is(page: Page, served: Served) -> None:
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(page: Page, served: Serving) -> None:
     page.goto(served.url)
     page.locator(".card").first.wait_for()
     reached = set()
@@ -434,3 +438,71 @@ def test_a_token_is_asked_for_and_not_left_in_the_address(browser: Browser, tmp_
         page.goto(f"{server.url}/view/cam?token=s3same&obs=1")
         expect(page.locator("html")).to_have_attribute("data-state", "live")
         assert "s3same" not in page.url
+
+
+# the real model
+
+
+def filmed(clip: Path, film: Path, seconds: float = 4.0) -> Path:
+    """The clip's beginning as the Motion JPEG that Chromium takes for a camera."""
+    with av.open(str(film), "w", format="mjpeg") as output:
+        stream: Any = None
+        with av.open(str(clip)) as clip_file:
+            for frame in clip_file.decode(video=0):
+                if (frame.time or 0.0) > seconds:
+                    break
+                if stream is None:
+                    stream = output.add_stream("mjpeg", rate=25)
+                    stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuvj420p"
+                output.mux(stream.encode(frame.reformat(format="yuvj420p")))
+        output.mux(stream.encode(None))
+    return film
+
+
+COLOURFULNESS = """(seconds) => new Promise((resolve) => {
+  const canvas = Object.assign(document.createElement("canvas"), { width: 64, height: 36 });
+  const pen = canvas.getContext("2d", { willReadFrequently: true });
+  const video = document.querySelector("#after"), found = [], began = performance.now();
+  const look = () => {
+    pen.drawImage(video, 0, 0, 64, 36);
+    const p = pen.getImageData(0, 0, 64, 36).data;
+    let sum = 0;
+    for (let n = 0; n < p.length; n += 4)
+      sum += Math.max(p[n], p[n + 1], p[n + 2]) - Math.min(p[n], p[n + 1], p[n + 2]);
+    found.push([performance.now() - began, sum / (p.length / 4)]);
+    performance.now() - began < 1000 * seconds ? setTimeout(look, 30) : resolve(found);
+  };
+  look();
+})"""
+
+
+@needs_chromium
+@pytest.mark.skipif(not CLIPS, reason="the shared clips are not here (LIVESTYLE_SHARED)")
+def test_somebody_in_front_of_a_camera_sees_themself_painted(playwright: Playwright, tmp_path: Path) -> None:
+    """The embedded model on a real clip; a style without colours is seen within a second of being chosen."""
+    from models.load import load as real
+
+    clip = next(path for path in CLIPS if "webcam_two" in path.name)
+    camera = f"--use-file-for-fake-video-capture={filmed(clip, tmp_path / 'camera.mjpeg')}"
+    arguments = [*FLAGS, "--use-fake-ui-for-media-stream", camera]
+    with (
+        serving(tmp_path, real, BOX) as server,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=arguments) as browser,
+    ):
+        page = browser.new_page()
+        page.set_default_timeout(6 * MS)  # the model may have to be compiled
+        page.goto(server.url)
+        page.locator(".card", has_text="oil painting").click()
+        page.click("#start")
+        page.locator(LIVE).wait_for()
+        page.wait_for_function("document.querySelector('#after').videoWidth > 0")
+        painted = [value for _, value in page.evaluate(COLOURFULNESS, 2.0)]
+        assert float(np.median(painted)) > 20
+        page.locator(".card", has_text="ink drawing").click()
+        looks = page.evaluate(COLOURFULNESS, 2.5)
+        grey = [ms for ms, value in looks if value < 0.4 * float(np.median(painted))]
+        assert grey, "the ink never came"
+        assert grey[0] < 1000, f"a style is seen after {grey[0]:.0f} ms"
+        if folder := os.environ.get("LIVESTYLE_SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / "live.png")
+            print(f"seen after {grey[0]:.0f} ms")
