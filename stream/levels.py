@@ -59,6 +59,10 @@ class Controller:
     _raised: float | None = None  # s, when quality was last taken back
     _patience: float = UP_AFTER_S
 
+    def wait(self) -> None:
+        """A level is not there yet: what is measured meanwhile does not count."""
+        self._since = None
+
     def observe(self, now: float, p95_ms: float, *, target_ms: float, top: int) -> int:
         """The level to run at from now on, 0 … `top`; a target of 0 is none."""
         if not target_ms:

@@ -300,6 +300,9 @@ class Stream:
         return levels[self._controller.level]
 
     def _hold_latency(self) -> None:
+        if self._seat.building:  # what was last given up has not come to anything yet
+            self._controller.wait()
+            return
         before = self._controller.level
         self._controller.observe(
             self._clock(),

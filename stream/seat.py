@@ -143,6 +143,8 @@ class Seat:
             stylizer = self._house.stylizer(wanted, lambda line: self._say("note", line), self._advance)
             session = self._house.worker.open(self.params, True, fps=fps, stylizer=stylizer, shared=self._shared)
         except Exception as error:  # whatever loading a model raises is this stream's failure alone
+            if self._closed:
+                return  # the process may be ending: nobody waits for it
             if not isinstance(error, UserError):
                 log.error("%s cannot be prepared", wanted.model, exc_info=error)
             with self._lock:

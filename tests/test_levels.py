@@ -47,6 +47,16 @@ def test_it_goes_down_as_far_as_it_must_and_no_further() -> None:
     assert max(levels(Controller(), [80.0] * 3 + [45.0] * 60)) == 1
 
 
+def test_nothing_more_is_given_up_while_the_last_step_is_not_there_yet() -> None:
+    controller = Controller()
+    assert levels(controller, [80.0] * 3) == [0, 0, 1]
+    for now in range(3, 20):
+        controller.wait()
+        controller.observe(float(now), 80.0, target_ms=50.0, top=3)
+    assert controller.level == 1
+    assert levels(controller, [80.0] * 3, started=20.0)[-1] == 2
+
+
 def test_quality_comes_back_when_there_has_been_room_for_long() -> None:
     controller = Controller(level=2)
     found = levels(controller, [20.0] * int(2 * UP_AFTER_S + 3))
