@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import av  # noqa: F401 before OpenCV: see stream/sources/screen.py
 import cv2
 import numpy as np
 import torch

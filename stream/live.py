@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, Protocol
 
+import av  # noqa: F401 before OpenCV: see stream/sources/screen.py
+
 from models.params import Params
 from stream import seat
 from stream.config import flatten, patched

@@ -116,3 +116,14 @@ def test_other_systems_use_their_own_grabber(
         screen.open_source(url, None, "fit")
     assert asked == [(layer, device)]
     assert platform != "darwin" or "Screen Recording" in caught.value.hint
+
+
+def test_another_programs_order_of_imports_is_an_error_and_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert screen.sees_screens(["numpy", "av", "cv2"])
+    assert screen.sees_screens(["av"])
+    assert not screen.sees_screens(["cv2", "numpy", "av"])
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(screen, "sees_screens", lambda loaded: False)
+    with pytest.raises(UserError, match="this program") as caught:
+        open_source("screen")
+    assert "av before cv2" in caught.value.hint

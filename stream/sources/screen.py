@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 
 import av
 from av.container import InputContainer
@@ -25,6 +26,8 @@ def open_source(url: str, size: tuple[int, int] | None, fit: str) -> ContainerSo
 
     Raises UserError where the system does not let a program look.
     """
+    if sys.platform == "linux" and not sees_screens(sys.modules):
+        raise UserError("the screen cannot be captured in this program", hint="import av before cv2 in it")
     number = int(url.partition(":")[2]) if ":" in url else None
     layer, device, options = GRABBERS.get(sys.platform, _x11)(number)
     source = ContainerSource(_open(layer, device, options), Opening(url, live=True, size=size, fit=fit))
@@ -33,6 +36,19 @@ def open_source(url: str, size: tuple[int, int] | None, fit: str) -> ContainerSo
             f"Wayland shows X11 programs only, the rest stays black: use an Xorg session, {ELSEWHERE}"
         )
     return source
+
+
+def sees_screens(loaded: Iterable[str]) -> bool:
+    """Whether modules were loaded in an order in which FFmpeg can talk to X11.
+
+    The wheels of OpenCV and PyAV bring libraries of the same names, built for different ones; with OpenCV's in memory
+    first, PyAV's first word to the X server would end the process.
+
+    >>> sees_screens(["cv2", "av"])
+    False
+    """
+    order = [name for name in loaded if name in ("av", "cv2")]
+    return order[:1] != ["cv2"]
 
 
 Grab = tuple[str, str, dict[str, str]]  # FFmpeg's device layer, its device, options
