@@ -15,6 +15,7 @@ import pytest
 from aiortc import rtcpeerconnection, rtcrtpreceiver, rtcrtpsender
 
 from stream.rtc import tuning
+from tests.fakes import in_a_quiet_moment
 from tests.netns import an_address
 from tests.rtc_loss import Loopback, at_random, every, gaps, lose, these
 from tests.test_rtc_jitter import FakePacket, coded, content
@@ -35,6 +36,7 @@ def network() -> Iterator[None]:
         yield
 
 
+@in_a_quiet_moment
 def test_one_packet_lost_with_its_retransmissions_freezes_ours_shortly_and_the_stock_receiver_for_seconds(
     network: None,
 ) -> None:
@@ -71,6 +73,7 @@ async def _freezes() -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("codec", ["H264", "VP8"])
+@in_a_quiet_moment
 def test_lost_packets_that_are_sent_again_cost_no_picture(network: None, codec: str) -> None:
     async def run() -> None:
         assert tuning.install()

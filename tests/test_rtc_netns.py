@@ -9,12 +9,14 @@ import subprocess
 import pytest
 
 from tests import netns
+from tests.fakes import in_a_quiet_moment
 
 LACK = netns.missing()
 SECONDS = 60 if os.environ.get("LIVESTYLE_SOAK") == "1" else 15
 
 
 @pytest.mark.skipif(bool(LACK), reason=LACK or "")
+@in_a_quiet_moment
 def test_two_percent_random_loss_stalls_the_picture_for_half_a_second_at_most() -> None:
     with netns.cable() as (here, there):
         for end in (here, there):

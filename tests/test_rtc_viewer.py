@@ -23,7 +23,7 @@ from stream.encoder import Encoders
 from stream.rtc import ladder, sdp, timing, viewer
 from stream.rtc.feedback import Feedback
 from stream.rtc.viewer import Viewer
-from tests.fakes import PATIENCE, FakeClock
+from tests.fakes import PATIENCE, FakeClock, in_a_quiet_moment
 from tests.scenes import psnr
 from tests.showing import SIZE, FakeStream
 
@@ -139,6 +139,7 @@ def likeness(picture: av.VideoFrame, stream: FakeStream) -> float:
 
 
 @pytest.mark.parametrize("codec", ["h264", "vp8"])
+@in_a_quiet_moment
 def test_the_first_picture_comes_within_half_a_second_and_is_the_streams(codec: str) -> None:
     async def scenario() -> None:
         async with show() as on:
@@ -470,6 +471,7 @@ async def cost_ms(on: Show, pictures: int) -> float:
     return (time.process_time() - started) / (encoder.frames - first) * 1000
 
 
+@in_a_quiet_moment
 def test_three_viewers_cost_less_than_one_and_a_half(record_property: Callable[[str, object], None]) -> None:
     async def scenario() -> None:
         async with show((640, 360)) as on, audience(on, 1):

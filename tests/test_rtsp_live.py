@@ -23,7 +23,7 @@ from stream.session import Session
 from stream.sound import Sound, samples_of
 from stream.source import SourceLost, open_source
 from stream.sources import network
-from tests.fakes import PATIENCE
+from tests.fakes import PATIENCE, in_a_quiet_moment
 
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 PROBE = "import gi; gi.require_version('GstRtspServer', '1.0'); from gi.repository import GstRtspServer"
@@ -100,6 +100,7 @@ def test_the_clock_survives_scaling_and_noise(size: tuple[int, int]) -> None:
 
 @needs_gstreamer
 @pytest.mark.parametrize("options", [(), ("--udp",), ("--audio", "--gop", "120")])
+@in_a_quiet_moment
 def test_pictures_are_young_from_the_first_on(camera: Callable[..., Camera], options: tuple[str, ...]) -> None:
     server = camera(*options)
     began = time.monotonic()
@@ -112,6 +113,7 @@ def test_pictures_are_young_from_the_first_on(camera: Callable[..., Camera], opt
 
 
 @needs_gstreamer
+@in_a_quiet_moment
 def test_what_came_while_nobody_read_is_not_shown(camera: Callable[..., Camera]) -> None:
     with closing(open_source(camera().url)) as source:
         threading.Event().wait(1.5)  # a model is being loaded
@@ -124,6 +126,7 @@ def test_what_came_while_nobody_read_is_not_shown(camera: Callable[..., Camera])
 
 
 @needs_gstreamer
+@in_a_quiet_moment
 def test_sound_comes_along_in_step_with_the_pictures(camera: Callable[..., Camera]) -> None:
     server = camera("--audio")
     heard: list[Sound] = []
