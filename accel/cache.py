@@ -27,7 +27,7 @@ from accel.engine import EngineSpec
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 2 << 30  # kept by `write`: 2 GiB
+MAX_BYTES = 24 << 30  # kept by write: 24 GiB; one UNet of Stable Diffusion takes 3.3
 STALE_S = 3600.0  # a temporary folder this old was left by a process that died
 TEMPORARY = ".tmp-"
 

@@ -47,6 +47,8 @@ def _example(spec: TensorSpec) -> Tensor:
     dtype = getattr(torch, spec.dtype)
     if len(spec.shape) == 1:
         return torch.full(spec.shape, 499, dtype=dtype)
+    if not dtype.is_floating_point:  # sizes, of SDXL's conditioning
+        return torch.full(spec.shape, 512, dtype=dtype)
     if len(spec.shape) == 4 and spec.shape[1] == 3:
         return torch.rand(spec.shape, dtype=dtype)
     return torch.randn(spec.shape, dtype=dtype)

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from models.schedule import Schedule, Step, clean
 
-Network = Callable[[Tensor, float, Tensor], Tensor]  # (z and what is concatenated to it, t, words) → output
+Prompt = tuple[Tensor, ...]  # words (1, L, D), and pooled ones (1, P) where the UNet takes them
+Network = Callable[[Tensor, float, Prompt], Tensor]  # (z and what is concatenated to it, t, prompt) → output
 
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
     """What steers a frame apart from its noise."""
 
-    words: Tensor  # (1, L, D) prompt
-    negative: Tensor  # (1, L, D) the prompt that guidance leads away from
+    words: Prompt
+    negative: Prompt  # what guidance leads away from
     source: Tensor | None = None  # (1, C, H/8, W/8) source latent, where the UNet takes it concatenated
     guidance: float = 1.0  # classifier-free, ≤ 1 = off
     image_guidance: float = 1.0  # InstructPix2Pix's second scale

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 from accel.errors import UserError
 from models.networks import Folder, Graph, graphs
 from models.rolling import Window
-from models.spec import MODELS
 from models.stylizer import LatentStylizer, Networks
+from models.text_xl import size_ids
+from models.weights import found
 
 EFFORT = {"encode": 0.1, "unet": 0.8, "decode": 0.1}  # share of the time that compiling each network takes
 
 
 def folder_of(model: str) -> Folder:
-    """The folder of a model's name or path; UserError when there is none."""
-    path = MODELS[model].folder if model in MODELS else Path(model)
-    if not path.is_dir():
-        raise UserError(
-            f"no such model: {model}", hint=f"a folder in diffusers' format, or one of: {', '.join(MODELS)}"
-        )
-    return Folder(path)
+    """The folder of a model's name or path, or of a single-file checkpoint; UserError where it is not whole."""
+    return Folder(found(model))
 
 
 def compiled_graphs(model: str, size: tuple[int, int]) -> dict[str, Graph]:
@@ -87,6 +82,7 @@ def load(
     log(choice.reason)
     backend, cache = choice.backend, default_root()
     compiled = graphs(folder, size, as_bytes=as_bytes, window=seen)
+    tables = folder.scheduler()  # what it cannot do is said before anything is compiled
     engines, done = {}, 0.0
     for name, graph in compiled.items():
         progress(name, done)
@@ -98,12 +94,13 @@ def load(
         unet=engines["unet"],
         decode=engines["decode"],
         text=folder.text(),
-        tables=folder.scheduler(),
+        tables=tables,
         scaling=float(vae.get("scaling_factor") or 1.0),
         shift=float(vae.get("shift_factor") or 0.0),
         guidance_width=int(folder.config("unet").get("time_cond_proj_dim") or 0),
         style_words=frozenset(folder.style_words()),
         window=seen,
+        added=(size_ids(size),) if folder.pooled_width() else (),
     )
     packages = ("torch", "diffusers", "transformers", "openvino", "av", "numpy")
     info: dict[str, object] = {

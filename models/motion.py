@@ -10,8 +10,7 @@ Weights are those of a diffusers `MotionAdapter`. Two things differ from diffuse
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from models.rolling import Window
 
 HINT = "an adapter in diffusers' format, made for this model: same channels, same number of layers"
-LORA_KEY = re.compile(r"(?:unet\.|lora_unet_)?(?P<layer>.+?)(?:[._]lora)?[._](?P<part>down|up|A|B|alpha)(?:\.weight)?")
-PARTS = {"A": "down", "B": "up"}
 Only = Collection[str] | None  # paths in the adapter, of modules or of whole blocks, that are used; None = all
 
 
@@ -242,29 +239,3 @@ def motion_specs(
     stored = (TensorSpec(name, (rows, p, window.slots, d), dtype) for name, p, d in named)
     new = (TensorSpec(f"new_{name}", (rows, p, window.block, d), dtype) for name, p, d in named)
     return (positions, mask, TensorSpec("scale", (1,)), *stored), tuple(new)
-
-
-def merge_lora(module: nn.Module, lora: Mapping[str, Tensor], scale: float = 1.0) -> None:
-    """Add a LoRA to the weights of a `MotionAdapter` (a motion LoRA) or of a UNet (v3's domain adapter), in place.
-
-    W += scale · (alpha / rank) · up · down; without an alpha, as in AnimateDiff's own files, that factor is 1. Reads
-    the layer names of AnimateDiff, diffusers, PEFT and Kohya. Raises UserError where a layer is missing.
-    """
-    layers: dict[str, Any] = {name.replace(".", "_"): m for name, m in module.named_modules() if hasattr(m, "weight")}
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in lora.items():
-        name = re.sub(r"temporal_transformer\.|processor\.", "", key)
-        name = re.sub(r"attention_blocks\.(\d)", lambda found: f"attn{int(found[1]) + 1}", name)
-        if (match := LORA_KEY.fullmatch(name)) is None:
-            raise UserError(f"not a LoRA that can be merged: {key}", hint="its up, down and alpha are known, no others")
-        layer = match["layer"].replace(".", "_")
-        layer = layer if layer in layers else f"{layer}_0"  # to_out is a list: a linear layer and a dropout
-        if layer not in layers:
-            raise UserError(f"the LoRA is for another model: no layer {match['layer']} here", hint=HINT)
-        pairs.setdefault(layer, {})[PARTS.get(match["part"], match["part"])] = tensor
-    for layer, pair in pairs.items():
-        if not pair.keys() >= {"up", "down"}:
-            raise UserError(f"the LoRA is incomplete: {layer}", hint="fetch it again")
-        up, down, weight = pair["up"].float().flatten(1), pair["down"].float().flatten(1), layers[layer].weight
-        factor = scale * float(pair["alpha"]) / len(down) if "alpha" in pair else scale
-        weight.data += (factor * up @ down).view_as(weight).to(weight)

@@ -20,6 +20,7 @@ from models.motion import MotionUNet, motion_modules, motion_specs
 if TYPE_CHECKING:
     from models.rolling import Window
     from models.text import TextEncoder
+    from models.text_xl import DoubleTextEncoder
 
 GRAPHS = 2  # raise it when a graph below changes: part of every engine's fingerprint
 
@@ -61,14 +62,19 @@ class Decode(nn.Module):
 
 
 class Denoise(nn.Module):
-    """The UNet: (latents, timestep (1,), words (1, L, D)[, guidance embedding (1, E)]) → output (1, C, H/8, W/8)."""
+    """The UNet: (latents, timestep (1,), words (1, L, D)[, guidance embedding (1, E)][, pooled words (1, P), time ids
+    (1, 6)]) → output (1, C, H/8, W/8). Which of the optional ones there are is the UNet's configuration.
+    """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
+        self.has_guidance = unet.config.time_cond_proj_dim is not None
 
-    def forward(self, z: Tensor, t: Tensor, words: Tensor, guidance: Tensor | None = None) -> Tensor:
-        output: Tensor = self.unet(z, t, words, timestep_cond=guidance, return_dict=False)[0]
+    def forward(self, z: Tensor, t: Tensor, words: Tensor, *rest: Tensor) -> Tensor:
+        guidance, rest = (rest[0], rest[1:]) if self.has_guidance else (None, rest)
+        added = {"text_embeds": rest[0], "time_ids": rest[1]} if rest else None
+        output: Tensor = self.unet(z, t, words, timestep_cond=guidance, added_cond_kwargs=added, return_dict=False)[0]
         return output
 
 
@@ -125,9 +131,17 @@ class Folder:
         return self._read(Autoencoder, "vae")
 
     def unet(self) -> nn.Module:
+        """The UNet, with the LoRA that belongs to the folder (lora/lora.json: file, scale) merged into it."""
         from diffusers import UNet2DConditionModel
 
-        return self._read(UNet2DConditionModel, "unet")
+        unet = self._read(UNet2DConditionModel, "unet")
+        if (listed := self.path / "lora" / "lora.json").is_file():
+            from models.adapters import merge_lora
+            from models.lora import read_lora
+
+            row = json.loads(listed.read_text())
+            merge_lora(unet, read_lora(listed.parent / row["file"]), float(row["scale"]))
+        return unet
 
     @property
     def has_adapter(self) -> bool:
@@ -165,12 +179,38 @@ class Folder:
 
         return self._read(CLIPTextModel, "text_encoder")
 
-    def text(self) -> TextEncoder:
-        from transformers import CLIPTokenizer
+    def text(self) -> TextEncoder | DoubleTextEncoder:
+        """What reads prompts: one text model, or SDXL's two."""
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
         from models.text import TextEncoder
+        from models.text_xl import DoubleTextEncoder
 
-        return TextEncoder(CLIPTokenizer.from_pretrained(self.path / "tokenizer"), self.text_model())
+        first = CLIPTokenizer.from_pretrained(self.path / "tokenizer"), self.text_model()
+        if not self.pooled_width():
+            return TextEncoder(*first)
+        model = self._read(CLIPTextModelWithProjection, "text_encoder_2")
+        second = CLIPTokenizer.from_pretrained(self.path / "tokenizer_2"), model
+        return DoubleTextEncoder((first, second), zeros=bool(self.index.get("force_zeros_for_empty_prompt", True)))
+
+    def pooled_width(self) -> int:
+        """P of the pooled words that the UNet takes beside six time ids, as SDXL's do; 0 = neither.
+
+        Raises UserError where the UNet takes anything else besides, or not what the folder's text models give.
+        """
+        unet = self.config("unet")
+        kind = unet.get("addition_embed_type")
+        if kind in (None, "text"):  # "text" is worked out of the words inside the UNet
+            return 0
+        hint = "SDXL's base and turbo models and their relatives are known; refiners and other kinds are not"
+        if kind != "text_time" or not (self.index.get("text_encoder") or [None])[0]:
+            raise UserError(f"model folder {self.path}: no image model of a known kind ({kind})", hint=hint)
+        first, second = self.config("text_encoder"), self.config("text_encoder_2")
+        pooled, words = int(second["projection_dim"]), int(first["hidden_size"]) + int(second["hidden_size"])
+        added = pooled + 6 * int(unet.get("addition_time_embed_dim") or 0)
+        if added != unet.get("projection_class_embeddings_input_dim") or words != unet["cross_attention_dim"]:
+            raise UserError(f"model folder {self.path}: the UNet does not fit the text models", hint=hint)
+        return pooled
 
     def scheduler(self) -> Any:
         """The consistency tables (an `LCMScheduler`), built from whatever scheduler the folder was saved with."""
@@ -179,6 +219,11 @@ class Folder:
         keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_scaling",
                 "original_inference_steps", "set_alpha_to_one", "trained_betas", "rescale_betas_zero_snr")  # fmt: skip
         config = self.config("scheduler")
+        if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
+            raise UserError(
+                f"model folder {self.path}: a schedule down from noise alone, and a UNet that predicts the noise",
+                hint='"prediction_type" in scheduler/scheduler_config.json: such models predict v_prediction or sample',
+            )
         make: Any = LCMScheduler
         return make(**{k: config[k] for k in keys if k in config})
 
@@ -220,7 +265,13 @@ def graphs(
     picture = TensorSpec("picture", (1, 3, height, width))
     if as_bytes:
         picture = TensorSpec("picture", (1, height, width, 3), "uint8")
+    if vae.get("latents_mean"):
+        raise UserError("an autoencoder with a mean per channel is not known", hint="Playground v2.5 has one; SDXL not")
+    # SDXL's own autoencoder overflows in half precision, which its configuration says; TAESDXL does not.
+    precision = "fp32" if vae.get("force_upcast") else "fast"
     vae_print, unet_print = folder.fingerprint("vae"), folder.fingerprint("unet")
+    if (folder.path / "lora").is_dir():
+        unet_print += folder.fingerprint("lora")
     inputs = [
         TensorSpec("z", (window.block if window else 1, int(unet["in_channels"]), *latent[2:])),
         TensorSpec("t", (1,)),
@@ -228,16 +279,21 @@ def graphs(
     ]
     if unet.get("time_cond_proj_dim"):
         inputs.append(TensorSpec("guidance", (1, int(unet["time_cond_proj_dim"]))))
+    if pooled := folder.pooled_width():
+        inputs += [TensorSpec("pooled", (1, pooled)), TensorSpec("time_ids", (1, 6), "int64")]
     outputs = [TensorSpec("output", (inputs[0].shape[0], *latent[1:]))]
     only = folder.motion_modules() if window else None
     if window:
+        if pooled:
+            raise UserError("no window of frames for SDXL's kind of model", hint="temporal.window=0")
         motion_in, motion_out = motion_specs(folder.bare_adapter(), latent[2:], window, only=only)
         inputs += motion_in
         outputs += motion_out
         unet_print += folder.fingerprint("motion_adapter")
     return {
         "encode": Graph(
-            lambda: Encode(folder.vae()), EngineSpec("encode", (picture,), (TensorSpec("latents", latent),), vae_print)
+            lambda: Encode(folder.vae()),
+            EngineSpec("encode", (picture,), (TensorSpec("latents", latent),), vae_print, precision),
         ),
         "unet": Graph(
             lambda: MotionUNet(folder.unet(), folder.adapter(), only) if window else Denoise(folder.unet()),
@@ -245,6 +301,6 @@ def graphs(
         ),
         "decode": Graph(
             lambda: Decode(folder.vae(), as_bytes=as_bytes),
-            EngineSpec("decode", (TensorSpec("latents", latent),), (picture,), vae_print),
+            EngineSpec("decode", (TensorSpec("latents", latent),), (picture,), vae_print, precision),
         ),
     }

@@ -27,6 +27,9 @@ class Style(_Section):
         Literal["fixed", "per-frame", "flow"],
         Field(description="same noise for every frame, new noise, or noise that moves with the scene"),
     ] = "fixed"
+    blend_frames: Annotated[
+        int, Field(ge=0, le=600, description="diffused frames in which a changed prompt takes hold; 0 = at once")
+    ] = 0
 
 
 class Temporal(_Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,20 +14,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.denoise import Conditioning, denoise, start
+from models.denoise import Conditioning, Prompt, denoise, start
 from models.filters import sample
 from models.flow import compose
 from models.params import Params, Style
+from models.prompt import parse
 from models.reproject import scaled
 from models.rolling import Rolling
 from models.schedule import Schedule, consistency_schedule
-from models.text import TextEncoder, unknown_words
+from models.text import TextEncoder, Transition, unknown_words
+from models.text_xl import DoubleTextEncoder
 
 if TYPE_CHECKING:
     from accel.engine import Engine, Pending
     from models.rolling import Window
 
-SHOT = ("prompt", "negative", "strength", "guidance", "image_guidance", "seed")  # changed, frames before mislead
+PROMPTS = ("prompt", "negative")
+SHOT = ("strength", "guidance", "image_guidance", "seed")  # changed, frames before mislead; so do `PROMPTS` at once
 
 
 class Launched(Protocol):
@@ -70,6 +73,20 @@ class Prepared:
     schedule: Schedule
     words: Tensor  # (1, L, D)
     negative: Tensor  # (1, L, D)
+    pooled: tuple[Tensor, ...] = ()  # (1, P) of both prompts, where the UNet takes it
+    pooled_negative: tuple[Tensor, ...] = ()
+
+    @property
+    def embeddings(self) -> tuple[Tensor, ...]:
+        """All that the prompts come to."""
+        return (self.words, self.negative, *self.pooled, *self.pooled_negative)
+
+    def with_embeddings(self, found: tuple[Tensor, ...]) -> Prepared:
+        """The same with others in the order of `embeddings`."""
+        words, negative, *pooled = found
+        half = len(self.pooled)
+        both = tuple(pooled[:half]), tuple(pooled[half:])
+        return replace(self, words=words, negative=negative, pooled=both[0], pooled_negative=both[1])
 
 
 @dataclass(slots=True)
@@ -82,6 +99,8 @@ class State:
     travel: Tensor | None = None  # latent pixels back to where the shot's noise lies, (1, 2, H/8, W/8)
     moved: Tensor | None = None  # the same back to the last frame
     latents: Tensor | None = None  # what became of the last frame, (1, C, H/8, W/8)
+    transition: Transition | None = None  # of the prompts, from a live change on until it is complete
+    since: int = 0  # frames of it
     rolling: Rolling | None = None  # of a model with a window, from its first frame on; a row per call of the UNet
 
 
@@ -132,13 +151,14 @@ class Networks:
     encode: Engine
     unet: Engine
     decode: Engine
-    text: TextEncoder
+    text: TextEncoder | DoubleTextEncoder
     tables: Any  # an `LCMScheduler`
     scaling: float = 1.0  # latents = scaling · (encoder output - shift)
     shift: float = 0.0
     guidance_width: int = 0  # of the UNet's guidance embedding, 0 = it has none
     style_words: frozenset[str] = frozenset()  # what a small vocabulary knows; empty = anything goes
     window: Window | None = None  # frames that the UNet sees of a stream, where it is a `MotionUNet`
+    added: tuple[Tensor, ...] = ()  # the time ids (1, 6) that the UNet takes behind pooled words, as SDXL does
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -210,8 +230,8 @@ class LatentStylizer:
             style, schedule = prepared.style, prepared.schedule
             distilled = net.guidance_width > 0  # with its guidance as an input: one pass serves
             cond = Conditioning(
-                words=prepared.words,
-                negative=prepared.negative,
+                words=(prepared.words, *prepared.pooled),
+                negative=(prepared.negative, *prepared.pooled_negative),
                 source=raw if net.concatenates else None,
                 guidance=1.0 if distilled else style.guidance,
                 image_guidance=style.image_guidance,
@@ -228,9 +248,10 @@ class LatentStylizer:
             rolling = self._window(state, len(schedule.steps) * cond.passes)
             scale, calls = params.temporal.motion_scale, count()
 
-        def network(z: Tensor, t: float, words: Tensor) -> Tensor:
+        def network(z: Tensor, t: float, prompt: Prompt) -> Tensor:
             with stages("unet"):
-                inputs = z.contiguous(), torch.tensor([t]), words, *extra
+                words, *pooled = prompt
+                inputs = z.contiguous(), torch.tensor([t]), words, *extra, *pooled, *net.added
                 if rolling is None:
                     return net.unet(*inputs)[0].clone()
                 row = next(calls)
@@ -272,6 +293,8 @@ class LatentStylizer:
                 return f"words this model does not know: {', '.join(strange)}"
         if self.networks.text.is_cut(prompt):
             return "the prompt is longer than this model reads; its end is ignored"
+        if note := parse(prompt).note:
+            return note
         if params.temporal.feedback and self.networks.concatenates and params.style.strength >= 1:
             return "temporal.feedback does nothing at strength 1: frames start from noise alone"
         return ""
@@ -280,12 +303,22 @@ class LatentStylizer:
         """Bring a stream's memory up to its settings; only what changed is worked out again."""
         before = state.prepared.style
         if before is not style:
-            state.prepared = self._prepare(style, state.prepared)
-            if any(getattr(before, name) != getattr(style, name) for name in SHOT):
+            prepared, told = self._prepare(style, state.prepared), changed(before, style, PROMPTS)
+            if told:
+                last = state.transition.at(state.since) if state.transition else state.prepared.embeddings
+                state.transition, state.since = Transition(last, prepared.embeddings, style.blend_frames), 0
+            state.prepared = prepared
+            if changed(before, style, SHOT) or (told and not style.blend_frames):
                 self.forget(state)
         renew = (before.seed, before.seed_mode, before.steps) != (style.seed, style.seed_mode, style.steps)
         self._draw(state, renew)
-        return state.prepared
+        if state.transition is None:
+            return state.prepared
+        state.since += 1
+        shown = state.prepared.with_embeddings(state.transition.at(state.since))
+        if state.since >= state.transition.frames:
+            state.transition = None
+        return shown
 
     def _window(self, state: State, rows: int) -> Rolling | None:
         """The stream's window of frames for so many calls of the UNet per frame; None where the model has none."""
@@ -299,8 +332,11 @@ class LatentStylizer:
             schedule = before.schedule
         else:
             schedule = consistency_schedule(self.networks.tables, style.steps, style.strength)
-        embed = self.networks.text.embed
-        return Prepared(style, schedule, embed(style.prompt), embed(style.negative))
+        text = self.networks.text
+        if isinstance(text, DoubleTextEncoder):
+            wanted, unwanted = text.read(style.prompt), text.read_negative(style.negative)
+            return Prepared(style, schedule, wanted.words, unwanted.words, (wanted.pooled,), (unwanted.pooled,))
+        return Prepared(style, schedule, text.embed(style.prompt), text.embed(style.negative))
 
     def _draw(self, state: State, renew: bool) -> None:
         """Noise for the next frame: the same one, the seed's first (`renew`), or the generator's next."""
@@ -310,6 +346,11 @@ class LatentStylizer:
         if renew or style.seed_mode == "per-frame":
             shape = self.networks.latent_shape
             state.noises = tuple(torch.randn(shape, generator=state.generator) for _ in range(style.steps))
+
+
+def changed(before: Style, after: Style, names: tuple[str, ...]) -> bool:
+    """Whether any of these settings differs."""
+    return any(getattr(before, name) != getattr(after, name) for name in names)
 
 
 def drifted(noise: Tensor, travel: Tensor | None) -> Tensor:

@@ -179,6 +179,19 @@ def serve(
 
 
 @app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="see `livestyle models`")],
+    base: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="your own SD 1.5 checkpoint under it: a folder or .safetensors")
+    ] = None,
+) -> None:
+    """Bring a model's files from the hub and check them; goes on where it stopped."""
+    from models.weights import fetch_shown
+
+    print(fetch_shown(model, base))
+
+
+@app.command()
 def models(as_json: Json = False) -> None:
     """What can run here."""
     from models.spec import available
@@ -189,9 +202,9 @@ def models(as_json: Json = False) -> None:
         return
     for row in rows:
         state = "ready" if row["ready"] else "not here"
-        print(f"{row['name']:14} {state:9} {row['megabytes']:>7} MB  {row['licence']}  {row['about']}")
+        print(f"{row['name']:16} {state:9} {row['megabytes']:>7} MB  {row['licence']}  {row['about']}")
         if row["styles"]:
-            print(f"{'':14} styles: {', '.join(row['styles'])}")
+            print(f"{'':16} styles: {', '.join(row['styles'])}")
 
 
 @app.command()

@@ -15,7 +15,8 @@ from torch import Tensor
 from accel.engine import EngineSpec, TensorSpec
 from accel.errors import UserError
 from accel.openvino_backend import OpenVINOBackend
-from models.motion import MotionUNet, cache_shapes, merge_lora, motion_specs
+from models.adapters import merge_lora
+from models.motion import MotionUNet, cache_shapes, motion_specs
 from models.rolling import Rolling, Window, whole_clip
 
 FRAMES = 11

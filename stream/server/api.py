@@ -150,8 +150,12 @@ def _streams(hub: Hub, guard: Guard, reach: Reach) -> APIRouter:
         """Open a stream, and its source where one is given."""
         if hub.get(new.name):
             raise _exists(new.name)
-        if new.model is not None and new.model not in {row["name"] for row in available()}:
-            raise Refused(422, f"no such model: {new.model}", "GET /api/v1/models lists them")
+        if new.model is not None:
+            ready = {row["name"]: row["ready"] for row in available()}
+            if new.model not in ready:
+                raise Refused(422, f"no such model: {new.model}", "GET /api/v1/models lists them")
+            if not ready[new.model]:
+                raise Refused(422, f"{new.model} is not here yet", f"on the server: livestyle fetch {new.model}")
         params = patched(hub.settings.params, new.params)
         box = parse_size(new.size)[0] if new.size else None
         admitted = await asyncio.to_thread(reach.source, new.source) if new.source else None
