@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from stream.source import open_source
 NAME = "bench"
 CLIP_FRAMES = 60  # of the clip, shown over and over
 KEYFRAME_S = 1.0  # as OBS is told to
+WARM_UP = 60  # pictures whose time could be read, before measuring
 START_S = 120.0  # for the server to listen, the model to be compiled and the first picture to come
 CODE_LOST = 0.5  # share of pictures whose time cannot be read, above which the figures say nothing
 
@@ -103,7 +103,7 @@ def measure(
     if seen.unread > CODE_LOST * (seen.unread + len(seen.ages_ms)):
         raise UserError(
             f"the time in {seen.unread} of {seen.unread + len(seen.ages_ms)} pictures could not be read",
-            hint="the style hides it: choose another --prompt",
+            hint="the style hides it: --set style.prompt=photo",
         )
     return _report(seen, status, size, fps, seconds)
 
@@ -160,14 +160,17 @@ async def _connect(pc: RTCPeerConnection, url: str) -> None:
 
 async def _until_live(url: str, track: MediaStreamTrack) -> None:
     """Let the slate and the model's first, slow pictures go by."""
-    end = time.monotonic() + START_S
     read = 0
-    while read < 60:
-        if time.monotonic() > end:
-            status = await asyncio.to_thread(_get, f"{url}/api/v1/streams/{NAME}")
-            raise UserError(f"no picture within {START_S:.0f} s: {status['words']}", hint="see `livestyle doctor`")
-        frame: Any = await track.recv()
-        read += clockcode.read(frame.to_ndarray(format="rgb24")) is not None
+    try:
+        async with asyncio.timeout(START_S):
+            while read < WARM_UP:
+                frame: Any = await track.recv()
+                read += clockcode.read(frame.to_ndarray(format="rgb24")) is not None
+    except TimeoutError:
+        status = await asyncio.to_thread(_get, f"{url}/api/v1/streams/{NAME}")
+        raise UserError(
+            f"no picture within {START_S:.0f} s: {status['words']}", hint="see `livestyle doctor`"
+        ) from None
 
 
 async def _read(track: MediaStreamTrack, seconds: float) -> Seen:

@@ -69,7 +69,6 @@ class Hub:
         self, settings: LiveSettings, load: Callable[..., Any] = _load, *, clock: Clock = time.monotonic
     ) -> None:
         self.settings = settings
-        self.engine = settings.engine
         self.clock = clock
         self.events = Fanout[Event]()
         self.worker = Worker(clock=clock)
@@ -148,10 +147,8 @@ class Hub:
         with self._lock:
             found = self._stylizers.pop(build, None)
         if found is None:
-            window, refresh = build.window, build.refresh
-            found = self._load(
-                build.model, build.size, self.engine, say, window=window, refresh=refresh, progress=progress
-            )
+            window, refresh, engine = build.window, build.refresh, self.settings.engine
+            found = self._load(build.model, build.size, engine, say, window=window, refresh=refresh, progress=progress)
         with self._lock:
             self._stylizers[build] = found  # the newest last
             while len(self._stylizers) > KEPT:

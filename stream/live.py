@@ -135,10 +135,7 @@ class Stream:
 
     def take(self, frame: Frame) -> None:
         """One captured picture: to whoever wants it as it is, and to the worker."""
-        last = self._epoch.last
-        frame = self._epoch.carry(frame)
-        missed = frame.seq - last.seq - 1 if last else 0
-        self._epoch.last = frame
+        frame, missed = self._epoch.carry(frame)
         self.meter.frame_in(1 + missed)
         self.meter.drop(missed)
         self.originals.put(frame)

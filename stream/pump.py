@@ -85,8 +85,8 @@ class Epoch:
         """The next frame starts a new epoch."""
         self._fresh = self.last is not None
 
-    def carry(self, frame: Frame) -> Frame:
-        """The frame with its seq and pts in the session's count."""
+    def carry(self, frame: Frame) -> tuple[Frame, int]:
+        """The frame with its seq and pts in the session's count, and how many were captured and lost before it."""
         if self._fresh and self.last is not None:
             away = max(GAP_US, int((frame.captured - self.last.captured) * 1e6))
             self._seq = self.last.seq + 1 - frame.seq
@@ -94,7 +94,9 @@ class Epoch:
             self._fresh = False
         if self._seq or self._pts:
             frame = replace(frame, seq=frame.seq + self._seq, pts=frame.pts + self._pts)
-        return frame
+        missed = frame.seq - self.last.seq - 1 if self.last else 0
+        self.last = frame
+        return frame, missed
 
 
 def _reopen(
@@ -133,9 +135,7 @@ def _read(source: Source, session: Session, epoch: Epoch, frames: int | None) ->
             return
         if not session.live:  # a live source's next() is mostly waiting for light
             meter.stage("source", (clock() - started) * 1000)
-        frame = epoch.carry(frame)
-        missed = frame.seq - epoch.last.seq - 1 if epoch.last else 0
-        epoch.last = frame
+        frame, missed = epoch.carry(frame)
         epoch.read += 1
         if not inbox.put(frame):
             return

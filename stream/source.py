@@ -1,7 +1,7 @@
 """Where frames come from: the protocol, the scheme table, and the retry schedule of live sources.
 
 A kind of source is one row in `SCHEMES` and one file in `stream/sources/`. Opening raises `UserError`; a live source
-that breaks off later raises `SourceLost` from `frames()`, and only the pump retries.
+that breaks off later raises `SourceLost` from `frames()`, and only the pump, or a live stream's feed, retries.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from pathlib import Path
 from accel.errors import UserError
 from stream.frame import Frame, VideoSpec
 from stream.mailbox import Mailbox, MailboxClosed
+from stream.sinks.first import FIRST_S, FirstConnection
 from stream.sinks.publish_child import Target
 from stream.sinks.wire import send
 from stream.sound import Sound
@@ -23,7 +24,7 @@ from stream.source import HEALTHY_S, retry_delays
 from stream.sources.network import public
 
 CHILD = (sys.executable, "-m", "stream.sinks.publish_child")
-FIRST_S = 15.0  # how long `opened` waits for the first connection
+HINT = "is the server running, and are host, port, path and key right?"
 PATIENCE_S = 10.0  # for connecting; a process that takes no picture for a little longer is ended and replaced
 LEAVE_S = 2.0  # how long a child may take to hang up
 POLL_S = 0.25
@@ -80,8 +81,7 @@ class PublishSink:
         self._box = Mailbox[Frame](1)
         self._sounds = Mailbox[Sound](SOUNDS)
         self._closing = threading.Event()
-        self._tried = threading.Event()  # the first connection was made, or failed
-        self._refused = ""  # why the first one failed
+        self._first = FirstConnection()
         self._was_live = False
         self._failure = ""
         self._sending: float | None = None  # since when the pipe has been taking one item
@@ -95,14 +95,11 @@ class PublishSink:
 
     def opened(self, timeout: float = FIRST_S) -> None:
         """Wait for the first connection; closes and raises UserError when it failed or takes longer."""
-        answered = self._tried.wait(timeout)
-        if answered and not self._refused:
-            return
-        self.close()
-        raise UserError(
-            f"cannot publish to {self.name}: {self._refused or 'no answer in time'}",
-            hint="is the server running, and are host, port, path and key right?",
-        )
+        try:
+            self._first.check(self.name, HINT, timeout)
+        except UserError:
+            self.close()
+            raise
 
     def write(self, frame: Frame) -> None:
         """Leave a picture for the publishing process; the newest wins."""
@@ -135,9 +132,7 @@ class PublishSink:
             began = time.monotonic()
             self._connection()
             why = self._failure or ("the publishing process died" if self._was_live else "no answer in time")
-            if not self._tried.is_set():
-                self._refused = why
-                self._tried.set()
+            self._first.failed(why)
             if self._was_live and time.monotonic() - began >= HEALTHY_S:
                 patience = self._delays()
             delay = next(patience)
@@ -199,7 +194,7 @@ class PublishSink:
             elif said["state"] == "live":
                 self.state = "live"
                 self._was_live = True
-                self._tried.set()
+                self._first.made()
 
     def _kill(self, why: str) -> None:
         child = self.process

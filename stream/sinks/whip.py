@@ -23,12 +23,13 @@ from stream.rtc.feedback import Feedback
 from stream.rtc.network import Network
 from stream.rtc.outgoing import EncodedTrack
 from stream.sinks import whip_http
+from stream.sinks.first import FIRST_S, FirstConnection
 from stream.sinks.whip_http import Failed, IceServer, Resource
 from stream.sound import PIECE_S, Delay, Sound
 from stream.source import HEALTHY_S, retry_delays
 from stream.sources.network import public
 
-FIRST_S = 15.0  # how long `opened` waits for the first connection
+HINT = "is the server running, and are address and token right? It must be reachable over UDP"
 CONNECT_S = 10.0  # for ICE and DTLS, once the offer is answered
 SILENT_S = 12.0  # no RTCP for so long: the server is gone
 LEAVE_S = 3.0  # for saying goodbye
@@ -67,8 +68,7 @@ class WhipSink:
         self._servers: tuple[IceServer, ...] = ()
         self._latencies = deque[float](maxlen=128)  # s, capture → handed to us
         self._heard = deque[Sound](maxlen=100)
-        self._tried = threading.Event()
-        self._refused = ""
+        self._first = FirstConnection()
         self._loop = asyncio.new_event_loop()
         self._task: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name=f"whip-{self.name}", daemon=True)
@@ -76,14 +76,11 @@ class WhipSink:
 
     def opened(self, timeout: float = FIRST_S) -> None:
         """Wait for the first connection; closes and raises UserError when it failed or takes longer."""
-        answered = self._tried.wait(timeout)
-        if answered and not self._refused:
-            return
-        self.close()
-        raise UserError(
-            f"cannot publish to {self.name}: {self._refused or 'no answer in time'}",
-            hint="is the server running, and are address and token right? It must be reachable over UDP",
-        )
+        try:
+            self._first.check(self.name, HINT, timeout)
+        except UserError:
+            self.close()
+            raise
 
     def write(self, frame: Frame) -> None:
         """Leave a picture for the encoder; the newest wins."""
@@ -131,9 +128,7 @@ class WhipSink:
                 self.state = "connecting"
                 began = time.monotonic()
                 why, at_least = await self._session()
-                if not self._tried.is_set():
-                    self._refused = why
-                    self._tried.set()
+                self._first.failed(why)
                 if time.monotonic() - began >= HEALTHY_S:
                     patience = self._delays()
                 delay = max(next(patience), at_least)
@@ -185,7 +180,7 @@ class WhipSink:
             state, now = pc.connectionState, time.monotonic()
             if state == "connected" and self.state != "live":
                 self.state, began = "live", now
-                self._tried.set()
+                self._first.made()
             if state in ("failed", "closed"):
                 return "the connection failed" if self.state != "live" else "the server has gone"
             if state != "connected" and now - began > CONNECT_S:
