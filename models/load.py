@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import version
 
-from accel.errors import UserError
-from models.networks import Folder, Graph, graphs
-from models.rolling import Window
+from models.folder import Folder
+from models.networks import Graph, graphs, latent_shape
+from models.parts import parts_of, window_of
+from models.structure import Structure
 from models.stylizer import LatentStylizer, Networks
 from models.text_xl import size_ids
 from models.weights import found
@@ -23,24 +24,6 @@ def folder_of(model: str) -> Folder:
 def compiled_graphs(model: str, size: tuple[int, int]) -> dict[str, Graph]:
     """The networks of a model at a size, for benchmarks and parity tests."""
     return graphs(folder_of(model), size)
-
-
-def window_of(folder: Folder, length: int, refresh: int = 0) -> Window | None:
-    """The rolling window of so many frames, None for 0; UserError where the model cannot have it."""
-    if not length:
-        return None
-    if not folder.has_adapter:
-        raise UserError(
-            f"{folder.path.name} has no motion adapter, so no window of frames",
-            hint="temporal.window=0, or put a MotionAdapter made for this model into its folder as motion_adapter/",
-        )
-    if length == 1:
-        raise UserError("a window of one frame shows nothing of the past", hint="temporal.window=0, or 2 and more")
-    if refresh > length // 2:
-        raise UserError(
-            f"temporal.refresh = {refresh} of a window of {length} frames", hint="at most half of temporal.window"
-        )
-    return Window.of(length, refresh=refresh)
 
 
 def quiet_libraries() -> None:
@@ -59,16 +42,15 @@ def load(
     engine: str = "auto",
     log: Callable[[str], None] = lambda line: None,
     *,
+    structure: Structure = Structure(),
     as_bytes: bool = True,
-    window: int = 0,
-    refresh: int = 0,
     progress: Callable[[str, float], None] = lambda part, done: None,
 ) -> LatentStylizer:
     """Compile a model for pictures of (width, height), or take its engines from the cache.
 
-    `as_bytes=False` is for comparisons: `stylize` then takes and gives floats, and `step` cannot be used. A `window`
-    of so many frames, 0 = off, is what each frame sees of the video through the model's motion adapter; UserError
-    where there is none or the window does not fit it. `progress` is told which network comes next, and the share done.
+    `structure` is what the settings need besides; UserError where the model cannot have it. `as_bytes=False` is for
+    comparisons: `stylize` then takes and gives floats, and `step` cannot be used. `progress` is told which network
+    comes next, and the share done.
 
     >>> stylizer = load("mini", (512, 288), engine="openvino", log=print)
     """
@@ -77,11 +59,13 @@ def load(
 
     quiet_libraries()
     folder = folder_of(model)
-    seen = window_of(folder, window, refresh)
+    parts = parts_of(folder, structure, latent_shape(folder, size))
     choice = choose(engine)
     log(choice.reason)
     backend, cache = choice.backend, default_root()
-    compiled = graphs(folder, size, as_bytes=as_bytes, window=seen)
+    window, features = window_of(folder, structure), [part.feature for part in parts]
+    block = window.block if window else 1
+    compiled = graphs(folder, size, as_bytes=as_bytes, rows=structure.rows, block=block, features=features)
     tables = folder.scheduler()  # what it cannot do is said before anything is compiled
     engines, done = {}, 0.0
     for name, graph in compiled.items():
@@ -99,8 +83,8 @@ def load(
         shift=float(vae.get("shift_factor") or 0.0),
         guidance_width=int(folder.config("unet").get("time_cond_proj_dim") or 0),
         style_words=frozenset(folder.style_words()),
-        window=seen,
-        added=(size_ids(size),) if folder.pooled_width() else (),
+        parts=tuple(parts),
+        time_ids=size_ids(size) if folder.pooled_width() else None,
     )
     packages = ("torch", "diffusers", "transformers", "openvino", "av", "numpy")
     info: dict[str, object] = {

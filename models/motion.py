@@ -10,8 +10,8 @@ Weights are those of a diffusers `MotionAdapter`. Two things differ from diffuse
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from accel.engine import TensorSpec
 from accel.errors import UserError
 
 if TYPE_CHECKING:
+    from models.folder import Folder
     from models.rolling import Window
 
 HINT = "an adapter in diffusers' format, made for this model: same channels, same number of layers"
@@ -164,12 +165,20 @@ class MotionUNet(nn.Module):
         or none for a block that sees only itself → output (n·F, C, H, W), then the new k and v in the same order.
         """
         guidance, rest = (rest[0], rest[1:]) if self.has_guidance else (None, rest)
-        positions, mask, scale, *stored = rest
-        frames = z.shape[0] // positions.shape[0]
+        frames = z.shape[0] // t.shape[0]
         if frames > 1:
             t, words = t.repeat_interleave(frames, 0), words.repeat_interleave(frames, 0)
             guidance = None if guidance is None else guidance.repeat_interleave(frames, 0)
         new: list[Tensor] = []
+        with self.moving(new, *rest):
+            output: Tensor = self.unet(z, t, words, timestep_cond=guidance, return_dict=False)[0]
+        return output, *new
+
+    @contextmanager
+    def moving(
+        self, new: list[Tensor], positions: Tensor, mask: Tensor, scale: Tensor, *stored: Tensor
+    ) -> Iterator[None]:
+        """The UNet with motion, within the block; `new` is given the new k and v."""
 
         def extend(module: nn.Module, mine: Sequence[Tensor], _: nn.Module, inputs: Any, output: Any) -> Any:
             x = output[0] if isinstance(output, tuple) else output  # attentions return tuples, resnets do not
@@ -181,8 +190,35 @@ class MotionUNet(nn.Module):
             for place, module, mine in zip(self.places, self.motion, self.spans, strict=True):
                 hook = partial(extend, module, stored[mine])
                 hooks.enter_context(self.unet.get_submodule(place).register_forward_hook(hook))
-            output: Tensor = self.unet(z, t, words, timestep_cond=guidance, return_dict=False)[0]
-        return output, *new
+            yield
+
+
+class Motion:
+    """The motion modules of a folder as a `models.unet.Feature`, for latents of (height, width).
+
+    Its outputs are the new keys and values, its inputs the stored ones behind positions, mask and scale.
+    """
+
+    def __init__(self, folder: Folder, size: tuple[int, int], window: Window, rows: int = 1) -> None:
+        only = folder.motion_modules()
+        self.inputs, self.outputs = motion_specs(folder.bare_adapter(), size, window, rows, only)
+        self.fingerprint = folder.fingerprint("motion_adapter")
+        self._folder, self._only = folder, only
+        self._moving: Callable[..., AbstractContextManager[None]]
+
+    def install(self, unet: Any) -> nn.Module:
+        """The motion modules; UserError where they do not fit the UNet."""
+        network = MotionUNet(unet, self._folder.adapter(), self._only)
+        self._moving = network.moving
+        return network.motion
+
+    @contextmanager
+    def during(self, unet: Any, given: Mapping[str, Tensor], found: dict[str, Tensor]) -> Iterator[dict[str, Any]]:
+        """Run the motion modules within the block."""
+        new: list[Tensor] = []
+        with self._moving(new, *(given[spec.name] for spec in self.inputs)):
+            yield {}
+        found |= {spec.name: tensor for spec, tensor in zip(self.outputs, new, strict=True)}
 
 
 def motion_modules(adapter: Any, only: Only = None) -> list[tuple[str, int]]:
@@ -238,4 +274,4 @@ def motion_specs(
     positions, mask = TensorSpec("positions", (rows, keys), "int64"), TensorSpec("mask", (rows, window.block, keys))
     stored = (TensorSpec(name, (rows, p, window.slots, d), dtype) for name, p, d in named)
     new = (TensorSpec(f"new_{name}", (rows, p, window.block, d), dtype) for name, p, d in named)
-    return (positions, mask, TensorSpec("scale", (1,)), *stored), tuple(new)
+    return (positions, mask, TensorSpec("motion_scale", (1,)), *stored), tuple(new)

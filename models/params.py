@@ -30,6 +30,36 @@ class Style(_Section):
     blend_frames: Annotated[
         int, Field(ge=0, le=600, description="diffused frames in which a changed prompt takes hold; 0 = at once")
     ] = 0
+    guidance_mode: Annotated[
+        Literal["full", "self", "onetime-negative", "four-way"],
+        Field(description="guidance > 1: a pass of its own per step, residual (StreamDiffusion), or Style-A-Video's"),
+    ] = "full"
+    delta: Annotated[float, Field(ge=0, le=2, description="how much of the residual counts (guidance_mode self …)")] = (
+        1.0
+    )
+    mask_guidance: Annotated[
+        float, Field(ge=0, le=10, description="how much what stands out counts (guidance_mode four-way)")
+    ] = 0.0
+    control: Annotated[
+        str, Field(max_length=1000, description="ControlNets: canny:0.8, tile:0.5@0-0.6, depth=FOLDER:1; empty = none")
+    ] = ""
+    lora: Annotated[str, Field(max_length=2000, description="LoRAs: ink.safetensors:0.8, other.safetensors")] = ""
+    lora_rank: Annotated[
+        int,
+        Field(ge=0, le=512, description="room for LoRAs to change while running; 0 = what is asked for at the start"),
+    ] = 0
+    picture: Annotated[str, Field(max_length=1000, description="a picture whose style is wanted (IP-Adapter)")] = ""
+    picture_scale: Annotated[float, Field(ge=0, le=2, description="how much the style picture counts")] = 0.5
+    picture_adapter: Annotated[
+        str, Field(max_length=1000, description="folder of the IP-Adapter; empty = the model's own, or the fetched one")
+    ] = ""
+    embeddings: Annotated[
+        str, Field(max_length=2000, description="files of textual inversions, whose words prompts may then use")
+    ] = ""
+    safety: Annotated[
+        Literal["off", "blank", "previous"],
+        Field(description="safety checker: what is shown instead of unsafe pictures"),
+    ] = "off"
 
 
 class Temporal(_Section):
@@ -54,6 +84,20 @@ class Temporal(_Section):
     refresh: Annotated[
         int, Field(ge=0, le=8, description="newest frames of the rolling buffer that are computed again each time")
     ] = 0
+    bank: Annotated[
+        int, Field(ge=0, le=8, description="frames whose features the present one may look at; 0 = off")
+    ] = 0
+    bank_every: Annotated[int, Field(ge=1, le=60, description="diffused frames between two entries of the bank")] = 4
+    fusion: Annotated[float, Field(ge=0, le=1, description="how much alike features of the bank are taken over")] = 0.0
+    stream_batch: Annotated[
+        bool, Field(description="several frames at different steps in one call; each comes out steps - 1 frames later")
+    ] = False
+    smoothing: Annotated[
+        float, Field(ge=0, le=0.95, description="how much each step's picture is led to the last frame's, moved along")
+    ] = 0.0
+    skip_similar: Annotated[
+        float, Field(ge=0, le=1, description="frames as alike as this are not diffused again, such as 0.98; 0 = off")
+    ] = 0.0
     feedback: Annotated[
         float, Field(ge=0, le=0.4, description="how much each frame starts from the last result (strength < 1)")
     ] = 0.0

@@ -7,11 +7,16 @@ each row counts its own frames, so rows of a stream batch may be filled to diffe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from models.motion import Motion
+    from models.unet import Call
 
 HIDDEN = -1e4  # added to the score of what is not to be seen: its weight is 0, in half precision too
 
@@ -191,3 +196,27 @@ class Rolling:
         for cache in self.caches:
             cache.zero_()
         self._before = None
+
+
+class Windowed:
+    """The rolling buffer as a `models.unet.Companion`: the memory of one stream's calls of a UNet with `Motion`."""
+
+    def __init__(self, motion: Motion, window: Window, rows: int) -> None:
+        shapes = [(spec.shape[1], spec.shape[3]) for spec in motion.outputs]
+        self.rolling = Rolling(window, shapes, rows)
+        self._names = [spec.name for spec in motion.inputs]
+        self._new = [spec.name for spec in motion.outputs]
+
+    def inputs(self, call: Call) -> dict[str, Tensor]:
+        """Positions, mask, scale (the newest frame's) and caches; z too, behind the frames to be computed again."""
+        scale: float = call.frames[0].guides["motion_scale"]
+        given = dict(zip(self._names, self.rolling.inputs(scale, call.rows), strict=True))
+        return {"z": self.rolling.join(call.z, call.rows), **given}
+
+    def keep(self, call: Call, found: Mapping[str, Tensor]) -> None:
+        """Store the new keys and values."""
+        self.rolling.commit([found[name] for name in self._new], call.rows)
+
+    def reset(self) -> None:
+        """Forget every frame."""
+        self.rolling.reset()

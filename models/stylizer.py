@@ -20,14 +20,14 @@ from models.flow import compose
 from models.params import Params, Style
 from models.prompt import parse
 from models.reproject import scaled
-from models.rolling import Rolling
 from models.schedule import Schedule, consistency_schedule
 from models.text import TextEncoder, Transition, unknown_words
 from models.text_xl import DoubleTextEncoder
+from models.unet import Call, Companion, Seen
 
 if TYPE_CHECKING:
     from accel.engine import Engine, Pending
-    from models.rolling import Window
+    from models.parts import Part
 
 PROMPTS = ("prompt", "negative")
 SHOT = ("strength", "guidance", "image_guidance", "seed")  # changed, frames before mislead; so do `PROMPTS` at once
@@ -52,6 +52,10 @@ class Stylizer(Protocol):
 
     def open(self, params: Params) -> State: ...
     def step(self, state: State, image: NDArray[np.uint8], params: Params) -> Launched: ...
+    def prepare(self, params: Params) -> None:
+        """Work ahead for these settings, in any thread, so that the frame path need not; UserError for bad ones."""
+        ...
+
     def forget(self, state: State) -> None:
         """Take the next frame as the first of a shot; the stream's settings and noise stay."""
         ...
@@ -101,7 +105,8 @@ class State:
     latents: Tensor | None = None  # what became of the last frame, (1, C, H/8, W/8)
     transition: Transition | None = None  # of the prompts, from a live change on until it is complete
     since: int = 0  # frames of it
-    rolling: Rolling | None = None  # of a model with a window, from its first frame on; a row per call of the UNet
+    companions: tuple[Companion, ...] = ()  # of the model's parts, from the first frame on
+    rows: int = 0  # of their memory: a row per call of the UNet
 
 
 class Stages:
@@ -157,17 +162,12 @@ class Networks:
     shift: float = 0.0
     guidance_width: int = 0  # of the UNet's guidance embedding, 0 = it has none
     style_words: frozenset[str] = frozenset()  # what a small vocabulary knows; empty = anything goes
-    window: Window | None = None  # frames that the UNet sees of a stream, where it is a `MotionUNet`
-    added: tuple[Tensor, ...] = ()  # the time ids (1, 6) that the UNet takes behind pooled words, as SDXL does
+    parts: tuple[Part, ...] = ()  # what the UNet is widened by
+    time_ids: Tensor | None = None  # (1, 6), where the UNet takes them beside pooled words, as SDXL's does
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return self.encode.spec.outputs[0].shape
-
-    @property
-    def stored(self) -> tuple[tuple[int, int], ...]:
-        """(P, d) of what the UNet gives to be stored per frame; see `motion.cache_shapes`."""
-        return tuple((spec.shape[1], spec.shape[3]) for spec in self.unet.spec.outputs[1:])
 
     @property
     def concatenates(self) -> bool:
@@ -195,6 +195,7 @@ class LatentStylizer:
 
     def open(self, params: Params) -> State:
         """Fresh memory for one stream, with its prompt already encoded."""
+        self.prepare(params)
         state = State(self._prepare(params.style, None))
         self._draw(state, renew=True)
         return state
@@ -244,22 +245,17 @@ class LatentStylizer:
             if style.seed_mode == "flow":
                 noises = tuple(drifted(noise, state.travel) for noise in noises)
             z = start(source, noises[0], schedule.steps[0], pure=pure)
-            extra = (guidance_embedding(style.guidance - 1, net.guidance_width),) if distilled else ()
-            rolling = self._window(state, len(schedule.steps) * cond.passes)
-            scale, calls = params.temporal.motion_scale, count()
+            embedded = guidance_embedding(style.guidance - 1, net.guidance_width) if distilled else None
+            self._remember(state, len(schedule.steps) * cond.passes)
+            calls = count()
+            seen = self._seen(picture, params)
 
         def network(z: Tensor, t: float, prompt: Prompt) -> Tensor:
+            row = next(calls)
+            words, *pooled = prompt
+            call = Call(z.contiguous(), torch.tensor([t]), words, range(row, row + 1), (0,), 1, (seen,))
             with stages("unet"):
-                words, *pooled = prompt
-                inputs = z.contiguous(), torch.tensor([t]), words, *extra, *pooled, *net.added
-                if rolling is None:
-                    return net.unet(*inputs)[0].clone()
-                row = next(calls)
-                one = range(row, row + 1)
-                block, *rest = inputs
-                output, *new = net.unet(rolling.join(block, one), *rest, *rolling.inputs(scale, one))
-                rolling.commit(new, one)
-                return rolling.newest(output).clone()
+                return self._unet(state, call, guidance=embedded, pooled=pooled[0] if pooled else None)
 
         unet_before = stages.ms.get("unet", 0.0)
         with stages("schedule"):
@@ -271,9 +267,15 @@ class LatentStylizer:
 
     def forget(self, state: State) -> None:
         """Start the stream's window of frames anew, and leave noise and results where they were."""
-        if state.rolling:
-            state.rolling.reset()
+        for companion in state.companions:
+            companion.reset()
         state.travel = state.moved = state.latents = None
+
+    def prepare(self, params: Params) -> None:
+        """Read the prompts, and let the parts work ahead; then the frame path finds all of it done. Any thread."""
+        self._read(params.style)
+        for part in self.networks.parts:
+            part.ready(params)
 
     def moved(self, state: State, flow: Tensor) -> None:
         """The next frame's scene has moved since the last one stepped: backward flow (1, 2, h, w) of any size."""
@@ -320,23 +322,49 @@ class LatentStylizer:
             state.transition = None
         return shown
 
-    def _window(self, state: State, rows: int) -> Rolling | None:
-        """The stream's window of frames for so many calls of the UNet per frame; None where the model has none."""
-        net = self.networks
-        if net.window and (state.rolling is None or len(state.rolling.rows) != rows):
-            state.rolling = Rolling(net.window, net.stored, rows)
-        return state.rolling
+    def _remember(self, state: State, rows: int) -> None:
+        """See to it that the stream has memory for so many calls of the UNet per frame."""
+        if state.rows != rows:
+            state.companions, state.rows = tuple(part.companion(rows) for part in self.networks.parts), rows
+
+    def _seen(self, picture: Tensor, params: Params) -> Seen:
+        """What the parts make of one frame."""
+        if not self.networks.parts:
+            return Seen(None, {})
+        image = pixels(picture)
+        guides: dict[str, Any] = {}
+        for part in self.networks.parts:
+            guides |= part.guide(image, params)
+        return Seen(image, guides)
+
+    def _unet(self, state: State, call: Call, **base: Tensor | None) -> Tensor:
+        """One call of the UNet with what the stream's companions give and keep, (n, C, h, w)."""
+        engine = self.networks.unet
+        given: dict[str, Any] = {"z": call.z, "t": call.t, "words": call.words, "time_ids": self.networks.time_ids}
+        given |= base
+        for companion in state.companions:
+            given |= companion.inputs(call)
+        output, *rest = engine(*(given[spec.name] for spec in engine.spec.inputs))
+        found = dict(zip((spec.name for spec in engine.spec.outputs[1:]), rest, strict=True))
+        for companion in state.companions:
+            companion.keep(call, found)
+        newest = output.view(len(call.rows), -1, *output.shape[1:])[:, -1]  # of a row's block of frames
+        return newest.clone()
 
     def _prepare(self, style: Style, before: Prepared | None) -> Prepared:
         if before and (before.style.steps, before.style.strength) == (style.steps, style.strength):
             schedule = before.schedule
         else:
             schedule = consistency_schedule(self.networks.tables, style.steps, style.strength)
+        return Prepared(style, schedule, *self._read(style))
+
+    def _read(self, style: Style) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Words and negative words, and the pooled ones of both; known prompts cost nothing."""
         text = self.networks.text
         if isinstance(text, DoubleTextEncoder):
             wanted, unwanted = text.read(style.prompt), text.read_negative(style.negative)
-            return Prepared(style, schedule, wanted.words, unwanted.words, (wanted.pooled,), (unwanted.pooled,))
-        return Prepared(style, schedule, text.embed(style.prompt), text.embed(style.negative))
+            return wanted.words, unwanted.words, (wanted.pooled,), (unwanted.pooled,)
+        return text.embed(style.prompt), text.embed(style.negative), (), ()
 
     def _draw(self, state: State, renew: bool) -> None:
         """Noise for the next frame: the same one, the seed's first (`renew`), or the generator's next."""
@@ -351,6 +379,13 @@ class LatentStylizer:
 def changed(before: Style, after: Style, names: tuple[str, ...]) -> bool:
     """Whether any of these settings differs."""
     return any(getattr(before, name) != getattr(after, name) for name in names)
+
+
+def pixels(picture: Tensor) -> NDArray[np.uint8]:
+    """(H, W, 3) of a picture of either kind that `networks.Encode` takes."""
+    if picture.dtype != torch.uint8:
+        picture = (picture * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return picture[0].cpu().numpy()
 
 
 def drifted(noise: Tensor, travel: Tensor | None) -> Tensor:

@@ -147,8 +147,8 @@ class Hub:
         with self._lock:
             found = self._stylizers.pop(build, None)
         if found is None:
-            window, refresh, engine = build.window, build.refresh, self.settings.engine
-            found = self._load(build.model, build.size, engine, say, window=window, refresh=refresh, progress=progress)
+            engine, structure = self.settings.engine, build.structure
+            found = self._load(build.model, build.size, engine, say, structure=structure, progress=progress)
         with self._lock:
             self._stylizers[build] = found  # the newest last
             while len(self._stylizers) > KEPT:

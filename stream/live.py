@@ -151,6 +151,7 @@ class Stream:
             from models.flow import flow_estimator
 
             flow_estimator(params.temporal.flow)  # what it lacks is said to whoever asks for it
+        self._seat.prepare(params)  # here, so that no frame waits for a prompt to be read
         with self._lock:
             params = self.params = patched(self.params, changes)  # as they are by now
             self._level = self._current_level()

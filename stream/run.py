@@ -17,6 +17,7 @@ from typing import Any
 
 from accel.errors import UserError
 from models.params import Params
+from models.structure import structure_of
 from stream.config import patched
 from stream.frame import Frame
 from stream.pump import start_pump
@@ -117,7 +118,8 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
         spec = source.spec
         size = (spec.width, spec.height)
         temporal = job.params.temporal
-        stylizer = load(job.model, size, job.engine, say, window=temporal.window, refresh=temporal.refresh)
+        stylizer = load(job.model, size, job.engine, say, structure=structure_of(job.params))
+        stylizer.prepare(job.params)
         frame_lane(temporal, size)  # what it lacks is said before any file is begun
         advice = stylizer.advice(job.params)
         told = [*job.notes, *source.warnings, *([advice] if advice else [])]
@@ -136,7 +138,7 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
             session = worker.open(job.params, spec.live, frames=job.frames if spec.live else None, fps=spec.fps or 30.0)
             for url, sink in zip(job.sinks, sinks, strict=True):
                 session.attach(sink, lossless=not spec.live or is_file(url))
-            first = _Tour(source, session, job.tour) if job.tour else source
+            first = _Tour(source, session, job.tour, stylizer.prepare) if job.tour else source
             reader = start_pump(open, session, first=first, frames=None if spec.live else job.frames)
             while not session.join(POLL):
                 if interrupts.count:
@@ -160,14 +162,16 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
 class _Tour:
     """A source whose passing time changes the session's prompt."""
 
-    def __init__(self, source: Source, session: Session, prompts: tuple[str, ...]) -> None:
+    def __init__(
+        self, source: Source, session: Session, prompts: tuple[str, ...], prepare: Callable[[Params], None]
+    ) -> None:
         self.spec = source.spec
         self.warnings = source.warnings
         self.skipped = 0
         self.close = source.close
         self._source = source
         self._session = session
-        self._prompts = prompts
+        self._prompts, self._prepare = prompts, prepare
 
     def frames(self) -> Iterator[Frame]:
         stop = -1
@@ -175,7 +179,9 @@ class _Tour:
             if frame.pts // TOUR != stop:
                 stop = frame.pts // TOUR
                 prompt = self._prompts[stop % len(self._prompts)]
-                self._session.params = patched(self._session.params, {"style.prompt": prompt})
+                params = patched(self._session.params, {"style.prompt": prompt})
+                self._prepare(params)
+                self._session.params = params
             yield frame
 
 

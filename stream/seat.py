@@ -15,6 +15,7 @@ import numpy as np
 
 from accel.errors import UserError
 from models.params import Params
+from models.structure import Structure, structure_of
 from stream.fit import round_size
 from stream.frame import Frame
 from stream.session import Clock, Session, Shared
@@ -40,8 +41,11 @@ class Engineering:
 
     model: str
     size: Size
-    window: int
-    refresh: int
+    structure: Structure
+
+    def covers(self, other: Engineering) -> bool:
+        """Whether a session built for this can do what the other needs."""
+        return (self.model, self.size) == (other.model, other.size) and self.structure.covers(other.structure)
 
 
 class House(Protocol):
@@ -63,6 +67,8 @@ class Seat:
 
     def __init__(self, house: House, shared: Shared, say: Callable[[str, str], None]) -> None:
         self.params = Params()  # of the session, with what the level takes from them
+        self._structure = Structure()  # that they need
+        self._stylizer: Stylizer | None = None
         self.error: str | None = None
         self.progress: tuple[str, float] | None = None  # while a model is compiled
         self.info: Mapping[str, Any] = {}  # of the model
@@ -89,9 +95,8 @@ class Seat:
     def take(self, frame: Frame, model: str, scale: float, fps: float) -> None:
         """One picture, to be shown at `scale` times its size; let go by where no session is ready for it."""
         height, width = frame.image.shape[:2]
-        temporal = self.params.temporal
         size = round_size(width * scale, height * scale)
-        session = self._session_for(Engineering(model, size, temporal.window, temporal.refresh), fps)
+        session = self._session_for(Engineering(model, size, self._structure), fps)
         if session is None or self.built is None:
             return
         width, height = self.built.size
@@ -100,10 +105,19 @@ class Seat:
             frame = replace(frame, image=np.asarray(smaller, np.uint8))
         session.inbox.put(frame)
 
+    def prepare(self, params: Params) -> None:
+        """Work ahead for settings that are to come, in the caller's thread; UserError where they cannot be met."""
+        structure = structure_of(params)
+        with self._lock:
+            stylizer, built = self._stylizer, self.built
+        if stylizer is not None and built is not None and built.structure.covers(structure):
+            stylizer.prepare(params)
+
     def retune(self, params: Params) -> None:
         """Other settings, from the next picture on."""
+        structure = structure_of(params)
         with self._lock:
-            self.params = params
+            self.params, self._structure = params, structure
             if self._session is not None:
                 self._session.params = params
 
@@ -132,7 +146,8 @@ class Seat:
             elif session is not None and built is not None and not _alike(built.size, wanted.size):
                 session.stop()
                 session = self._session = self.built = None
-            if (session is None or built != wanted) and wanted not in (self.building, self._failed):
+            fits = built is not None and built.covers(wanted)
+            if (session is None or not fits) and wanted not in (self.building, self._failed):
                 self.building = wanted
                 self._house.loader.submit(self._prepare, wanted, fps)
         return session
@@ -141,6 +156,7 @@ class Seat:
         """In the loader's thread: a stylizer and a session for it, which takes the place of the one before."""
         try:
             stylizer = self._house.stylizer(wanted, lambda line: self._say("note", line), self._advance)
+            stylizer.prepare(self.params)
             session = self._house.worker.open(self.params, True, fps=fps, stylizer=stylizer, shared=self._shared)
         except Exception as error:  # whatever loading a model raises is this stream's failure alone
             if self._closed:
@@ -153,7 +169,7 @@ class Seat:
             self._say("error", self.error)
             return
         with self._lock:
-            old, self._session = self._session, session
+            old, self._session, self._stylizer = self._session, session, stylizer
             self.built, self.building, self.progress = wanted, None, None
             self.info = getattr(stylizer, "info", {})
             self.error = None

@@ -169,6 +169,9 @@ class FakeStylizer:
             raise ArithmeticError("boom")
         return FakeLaunched(255 - image, {"encode": 1.0, "unet": 2.0, "decode": 0.5})
 
+    def prepare(self, params: Params) -> None:
+        """Nothing to do ahead."""
+
     def forget(self, state: Any) -> None:
         state.cuts += 1
 

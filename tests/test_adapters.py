@@ -24,7 +24,8 @@ from accel.openvino_backend import OpenVINOBackend
 from models.adapters import Adapted, Swap, apply_lora, merge_lora
 from models.inversion import add_embedding, expanded, read_embedding
 from models.lora import Update, fitted, read_lora, sgm_names
-from models.networks import Folder, graphs
+from models.folder import Folder
+from models.networks import graphs
 from models.text import TextEncoder
 from tests.fakes import PATIENCE
 from tests.folders import random_folder, tokenizer

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from accel.errors import UserError
 from models.checkpoint import SD15, converted
 from models.load import folder_of
-from models.networks import Folder
+from models.folder import Folder
 from tests.folders import tokenizer
 
 State = dict[str, torch.Tensor]

@@ -24,6 +24,7 @@ from models.load import load
 from models.params import Params, Style
 from models.prompt import MOST, Piece, Prompt, parse
 from models.spec import MODELS
+from models.structure import Structure
 from models.stylizer import LatentStylizer, State
 from models.text import TextEncoder, Transition, blended, slerp, tokenized, unknown_words, weighted
 from tests.folders import random_folder
@@ -405,7 +406,7 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> LatentStylizer:
     options = {"motion_num_attention_heads": 4, "motion_norm_num_groups": 8, "motion_max_seq_length": 12}
     adapter = MotionAdapter(block_out_channels=(32, 64), motion_layers_per_block=1, **options)
     adapter.save_pretrained(folder / "motion_adapter")
-    return load(str(folder), SIZE, engine="torch", window=4)
+    return load(str(folder), SIZE, engine="torch", structure=Structure(window=4))
 
 
 def watched(stylizer: LatentStylizer) -> tuple[LatentStylizer, Watched]:

@@ -19,10 +19,13 @@ from torch import Tensor
 
 from accel.engine import EngineSpec, Pending, Ready
 from accel.errors import UserError
+from models.folder import Folder
 from models.load import load
-from models.networks import Folder, graphs
+from models.motion import Motion
+from models.networks import graphs
 from models.params import Params, Style, Temporal
-from models.rolling import Window
+from models.rolling import Rolling, Window, Windowed
+from models.structure import Structure
 from models.stylizer import LatentStylizer, State
 from tests.folders import random_folder
 
@@ -63,7 +66,7 @@ def loaded(folders: dict[str, Path]) -> Callable[..., LatentStylizer]:
 
     def get(kind: str = "ip2p", window: int = WINDOW) -> LatentStylizer:
         if (kind, window) not in known:
-            known[kind, window] = load(str(folders[kind]), SIZE, engine="torch", window=window)
+            known[kind, window] = load(str(folders[kind]), SIZE, engine="torch", structure=Structure(window=window))
         return known[kind, window]
 
     return get
@@ -126,8 +129,7 @@ def test_a_row_per_step_and_guidance_pass(
     calls = settings.style.steps
     if settings.style.guidance > 1 and kind != "lcm":  # whose guidance is an input
         calls *= 3 if settings.style.image_guidance != 1 else 2
-    assert state.rolling is not None
-    assert state.rolling.seen == [3] * calls
+    assert rolling(state).seen == [3] * calls
 
 
 def test_without_a_window_nothing_is_stored_and_the_network_is_the_plain_one(folders: dict[str, Path]) -> None:
@@ -137,19 +139,18 @@ def test_without_a_window_nothing_is_stored_and_the_network_is_the_plain_one(fol
     state = model.open(params())
     played(model, state, params(), range(2))
     model.forget(state)
-    assert state.rolling is None
+    assert not state.companions
 
 
 def test_every_frame_gives_a_picture_and_memory_is_constant(loaded: Callable[..., LatentStylizer]) -> None:
     model, settings = loaded(), params(steps=2)
     state = model.open(settings)
     first = played(model, state, settings, range(1))
-    assert state.rolling is not None
-    held = [cache.data_ptr() for cache in state.rolling.caches], state.rolling.nbytes
+    held = [cache.data_ptr() for cache in rolling(state).caches], rolling(state).nbytes
     rest = played(model, state, settings, range(1, 40))
     assert len(first + rest) == 40
     assert all(p.shape == (SIZE[1], SIZE[0], 3) for p in rest)
-    assert ([cache.data_ptr() for cache in state.rolling.caches], state.rolling.nbytes) == held
+    assert ([cache.data_ptr() for cache in rolling(state).caches], rolling(state).nbytes) == held
 
 
 def test_two_streams_share_no_memory(loaded: Callable[..., LatentStylizer]) -> None:
@@ -159,9 +160,7 @@ def test_two_streams_share_no_memory(loaded: Callable[..., LatentStylizer]) -> N
     for i in range(8):
         assert same(played(model, state_a, a, range(i, i + 1)), [wanted_a[i]])
         assert same(played(model, state_b, b, range(20 + i, 21 + i)), [wanted_b[i]])
-    assert state_a.rolling is not None
-    assert state_b.rolling is not None
-    addresses = [{cache.untyped_storage().data_ptr() for cache in s.rolling.caches} for s in (state_a, state_b)]
+    addresses = [{cache.untyped_storage().data_ptr() for cache in rolling(s).caches} for s in (state_a, state_b)]
     assert not addresses[0] & addresses[1]
 
 
@@ -185,8 +184,7 @@ def test_a_change_of_motion_alone_keeps_the_window(loaded: Callable[..., LatentS
     state = model.open(params())
     played(model, state, params(), range(4))
     played(model, state, params(scale=0.5), range(4, 6))
-    assert state.rolling is not None
-    assert state.rolling.seen == [6]
+    assert rolling(state).seen == [6]
 
 
 def test_after_a_cut_nothing_of_before_is_seen(loaded: Callable[..., LatentStylizer]) -> None:
@@ -233,8 +231,10 @@ def test_a_frame_whose_keys_overflow_is_delivered_and_forgotten(loaded: Callable
 
 def test_only_named_modules_are_used_and_need_weights(tmp_path: Path) -> None:
     folder = with_adapter(random_folder(tmp_path, "ip2p"), ["up_blocks.1.motion_modules.1"])
-    model = load(str(folder), SIZE, engine="torch", window=WINDOW)
-    assert model.networks.stored == ((4 * 6 * 8, 8),) * 4  # k and v of two attentions
+    model = load(str(folder), SIZE, engine="torch", structure=Structure(window=WINDOW))
+    assert [s.shape[1::2] for s in model.networks.unet.spec.outputs[1:]] == [
+        (4 * 6 * 8, 8)
+    ] * 4  # k and v of two attentions
     assert not same(fresh(model, params(), range(2)), fresh(model, params(scale=0.0), range(2)))
 
 
@@ -242,15 +242,15 @@ def test_missing_weights_and_modules_are_the_users_error(tmp_path: Path) -> None
     folder = with_adapter(random_folder(tmp_path, "sd"))
     keep(folder / "motion_adapter", ["up_blocks.1", "mid_block"], ["up_blocks.1"])
     with pytest.raises(UserError, match="mid_block"):
-        load(str(folder), SIZE, engine="torch", window=WINDOW)
+        load(str(folder), SIZE, engine="torch", structure=Structure(window=WINDOW))
     keep(folder / "motion_adapter", ["up_blocks.7"], ["up_blocks.1"])
     with pytest.raises(UserError, match=r"up_blocks\.7"):
-        load(str(folder), SIZE, engine="torch", window=WINDOW)
+        load(str(folder), SIZE, engine="torch", structure=Structure(window=WINDOW))
 
 
 def test_frames_computed_again_change_what_is_seen_of_them_and_cost_no_frame(folders: dict[str, Path]) -> None:
-    model = load(str(folders["sd"]), SIZE, engine="torch", window=WINDOW, refresh=2)
-    plain = load(str(folders["sd"]), SIZE, engine="torch", window=WINDOW)
+    model = load(str(folders["sd"]), SIZE, engine="torch", structure=Structure(window=WINDOW, refresh=2))
+    plain = load(str(folders["sd"]), SIZE, engine="torch", structure=Structure(window=WINDOW))
     assert len(fresh(model, params(), range(9))) == 9
     assert not same(fresh(model, params(), range(9)), fresh(plain, params(), range(9)))
     off = zip(fresh(model, params(0.0), range(5)), fresh(plain, params(0.0), range(5)), strict=True)
@@ -259,7 +259,7 @@ def test_frames_computed_again_change_what_is_seen_of_them_and_cost_no_frame(fol
 
 def test_no_more_than_half_of_a_window_is_computed_again(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"temporal\.refresh"):
-        load(str(folders["sd"]), SIZE, engine="torch", window=WINDOW, refresh=WINDOW // 2 + 1)
+        load(str(folders["sd"]), SIZE, engine="torch", structure=Structure(window=WINDOW, refresh=WINDOW // 2 + 1))
 
 
 @pytest.mark.parametrize(
@@ -269,22 +269,35 @@ def test_a_window_that_cannot_be_is_the_users_error(
     folders: dict[str, Path], kind: str, window: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        load(str(folders[kind]), SIZE, engine="torch", window=window)
+        load(str(folders[kind]), SIZE, engine="torch", structure=Structure(window=window))
     assert caught.value.hint
 
 
+def rolling(state: State) -> Rolling:
+    (companion,) = state.companions
+    assert isinstance(companion, Windowed)
+    return companion.rolling
+
+
+def unet_spec(path: Path, length: int) -> EngineSpec:
+    folder = Folder(path)
+    motion = Motion(folder, (SIZE[1] // 8, SIZE[0] // 8), Window.of(length))
+    return graphs(folder, SIZE, features=[motion])["unet"].spec
+
+
 def test_another_adapter_or_window_is_another_engine(folders: dict[str, Path], tmp_path: Path) -> None:
-    one = graphs(Folder(folders["sd"]), SIZE, window=Window.of(4))["unet"].spec
-    longer = graphs(Folder(folders["sd"]), SIZE, window=Window.of(6))["unet"].spec
+    one = unet_spec(folders["sd"], 4)
+    longer = unet_spec(folders["sd"], 6)
     other = with_adapter(random_folder(tmp_path, "sd"), ["up_blocks.0", "up_blocks.1"])
-    fewer = graphs(Folder(other), SIZE, window=Window.of(4))["unet"].spec
+    fewer = unet_spec(other, 4)
     assert len({one, longer, fewer}) == 3
     assert one.fingerprint != fewer.fingerprint
 
 
 def test_openvino_paints_the_same(folders: dict[str, Path], loaded: Callable[..., LatentStylizer]) -> None:
     wanted = fresh(loaded("sd"), params(), range(6))
-    found = fresh(load(str(folders["sd"]), SIZE, engine="openvino", window=WINDOW), params(), range(6))
+    compiled = load(str(folders["sd"]), SIZE, engine="openvino", structure=Structure(window=WINDOW))
+    found = fresh(compiled, params(), range(6))
     apart = [np.abs(a.astype(int) - b.astype(int)).mean() for a, b in zip(found, wanted, strict=True)]
     still = fresh(loaded("sd"), params(scale=0.0), range(6))
     moved = [np.abs(a.astype(int) - b.astype(int)).mean() for a, b in zip(still, wanted, strict=True)]
@@ -297,7 +310,7 @@ def test_mini_keeps_one_wash_under_fresh_noise(photograph: NDArray[np.uint8]) ->
     settings = params(prompt="oil painting")
     flicker, detail = [], []
     for window in (0, 8):
-        model = load("mini", size, engine="torch", window=window)
+        model = load("mini", size, engine="torch", structure=Structure(window=window))
         state = model.open(settings)
         frames = [model.step(state, photograph, settings).image().astype(np.float32) / 255 for _ in range(12)]
         flicker.append(np.mean([np.square(b - a).mean() for a, b in pairwise(frames)]))
@@ -308,7 +321,7 @@ def test_mini_keeps_one_wash_under_fresh_noise(photograph: NDArray[np.uint8]) ->
 
 def test_mini_with_a_window_still_has_a_wash_for_every_seed(photograph: NDArray[np.uint8]) -> None:
     size = photograph.shape[1], photograph.shape[0]
-    model = load("mini", size, engine="torch", window=8)
+    model = load("mini", size, engine="torch", structure=Structure(window=8))
     ends = []
     for seed in (1, 2):
         settings = params(prompt="watercolour", seed=seed)

@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from accel.errors import UserError
 from models import hub as hub_module
 from models.load import folder_of, load
-from models.networks import Folder
+from models.folder import Folder
 from models.spec import MODELS
 from models.weights import fault, fetch, fetch_shown, found
 from tests.hub import COMMIT, FakeHub, published
