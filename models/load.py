@@ -8,7 +8,7 @@ from importlib.metadata import version
 from models.folder import Folder
 from models.networks import Graph, graphs, latent_shape
 from models.parts import parts_of, window_of
-from models.structure import Structure
+from models.structure import PLAIN, Structure
 from models.stylizer import LatentStylizer, Networks
 from models.text_xl import size_ids
 from models.weights import found
@@ -42,7 +42,7 @@ def load(
     engine: str = "auto",
     log: Callable[[str], None] = lambda line: None,
     *,
-    structure: Structure = Structure(),
+    structure: Structure = PLAIN,
     as_bytes: bool = True,
     progress: Callable[[str, float], None] = lambda part, done: None,
 ) -> LatentStylizer:
@@ -84,6 +84,7 @@ def load(
         guidance_width=int(folder.config("unet").get("time_cond_proj_dim") or 0),
         style_words=frozenset(folder.style_words()),
         parts=tuple(parts),
+        rows=structure.rows,
         time_ids=size_ids(size) if folder.pooled_width() else None,
     )
     packages = ("torch", "diffusers", "transformers", "openvino", "av", "numpy")

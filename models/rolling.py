@@ -172,30 +172,37 @@ class Rolling:
         caches = (cache[rows.start : rows.stop] for cache in self.caches)
         return positions, mask.contiguous(), torch.tensor([scale]), *caches
 
-    def commit(self, new: Sequence[Tensor], rows: range | None = None) -> None:
+    def commit(self, new: Sequence[Tensor], rows: range | None = None, live: Sequence[bool] = ()) -> None:
         """Store the new keys and values, (n, P, block, d) each, and count their frames.
 
-        Rows that did not hold a frame yet are left out: `rows` may be the first few of those that were computed. What
-        is not finite, after an overflow in half precision, is not stored: it would reach every later frame. All is
-        forgotten instead.
+        Rows that hold no frame, not `live`, are left out. What is not finite, after an overflow in half precision, is
+        not stored: it would reach every later frame. All is forgotten instead.
         """
-        rows = rows or self.rows
+        held = [(i, row) for i, row in enumerate(rows or self.rows) if not live or live[i]]
         if not torch.stack([tensor.sum(dtype=torch.float32) for tensor in new]).isfinite().all():
             self.reset()
             return
         for cache, tensor in zip(self.caches, new, strict=True):
-            for i, row in enumerate(rows):
+            for i, row in held:
                 for place, slot in self.window.writes(self.seen[row]):
                     cache[row, :, slot] = tensor[i, :, place]
-        for row in rows:
+        for _, row in held:
             self.seen[row] += self.window.chunk
 
-    def reset(self) -> None:
-        """Forget everything, at a cut or another prompt. Zeroed, since a NaN would poison even behind the mask."""
-        self.seen = [0] * len(self.rows)
+    def reset(self, row: int | None = None) -> None:
+        """Forget everything of one row or all, at a cut or another prompt.
+
+        Zeroed, since a NaN would poison even behind the mask.
+        """
+        for i in self.rows if row is None else (row,):
+            self.seen[i] = 0
         for cache in self.caches:
-            cache.zero_()
-        self._before = None
+            (cache if row is None else cache[row]).zero_()
+        if row is None:
+            self._before = None
+        elif self._before is not None:
+            with torch.inference_mode():
+                self._before[row].zero_()
 
 
 class Windowed:
@@ -215,8 +222,8 @@ class Windowed:
 
     def keep(self, call: Call, found: Mapping[str, Tensor]) -> None:
         """Store the new keys and values."""
-        self.rolling.commit([found[name] for name in self._new], call.rows)
+        self.rolling.commit([found[name] for name in self._new], call.rows, call.live)
 
-    def reset(self) -> None:
-        """Forget every frame."""
-        self.rolling.reset()
+    def reset(self, row: int | None = None) -> None:
+        """Forget every frame, of one row or of all."""
+        self.rolling.reset(row)

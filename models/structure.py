@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from accel.errors import UserError
 from models.params import Params
 
 
@@ -34,6 +35,9 @@ class Structure:
         return room == self
 
 
+PLAIN = Structure()
+
+
 def structure_of(params: Params) -> Structure:
     """The structure that these settings need; UserError where one cannot be read.
 
@@ -41,4 +45,12 @@ def structure_of(params: Params) -> Structure:
     True
     """
     style, temporal = params.style, params.temporal
-    return Structure(window=temporal.window, refresh=temporal.refresh)
+    rows = style.steps if temporal.stream_batch else 1
+    if rows > 1 and temporal.feedback:
+        raise UserError(
+            "temporal.feedback wants the last result, which a stream batch does not have yet",
+            hint="temporal.feedback=0, or temporal.smoothing instead, or temporal.stream_batch=false",
+        )
+    if rows > 1 and temporal.refresh:
+        raise UserError("temporal.refresh computes frames again, a stream batch none", hint="temporal.refresh=0")
+    return Structure(window=temporal.window, refresh=temporal.refresh, rows=rows)

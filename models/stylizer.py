@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -14,44 +10,42 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.denoise import Conditioning, Prompt, denoise, start
+from models.batch import StreamBatch
+from models.calls import Calls
+from models.denoise import Conditioning, Pass, Trajectory, run, start
 from models.filters import sample
 from models.flow import compose
+from models.launched import Decoding, Filling, Launched, Stages
+from models.noise import drifted, fed_back
 from models.params import Params, Style
 from models.prompt import parse
 from models.reproject import scaled
-from models.schedule import Schedule, consistency_schedule
+from models.schedule import Sampler, Schedule, consistency_schedule
 from models.text import TextEncoder, Transition, unknown_words
 from models.text_xl import DoubleTextEncoder
-from models.unet import Call, Companion, Seen
+from models.unet import Seen
 
 if TYPE_CHECKING:
-    from accel.engine import Engine, Pending
+    from accel.engine import Engine
     from models.parts import Part
 
 PROMPTS = ("prompt", "negative")
-SHOT = ("strength", "guidance", "image_guidance", "seed")  # changed, frames before mislead; so do `PROMPTS` at once
-
-
-class Launched(Protocol):
-    """A frame on its way through the device."""
-
-    stages_ms: dict[str, float]  # time per stage of this frame
-
-    def done(self) -> bool: ...
-    def wait(self) -> None: ...
-    def image(self) -> NDArray[np.uint8]:
-        """The stylized picture, (H, W, 3) RGB, the caller's own; waits for it."""
-        ...
+SHOT = ("strength", "steps", "guidance", "image_guidance", "mask_guidance", "guidance_mode", "delta", "seed")
+# changed, frames before mislead; so do `PROMPTS` at once
 
 
 class Stylizer(Protocol):
     """A loaded model for one picture size. All memory of a stream is in its `State`; weights are shared."""
 
     size: tuple[int, int]  # (width, height)
+    delay: int  # frames by which a step's picture is that of an earlier one, in a stream batch
 
     def open(self, params: Params) -> State: ...
     def step(self, state: State, image: NDArray[np.uint8], params: Params) -> Launched: ...
+    def drain(self, state: State) -> list[NDArray[np.uint8]]:
+        """The pictures of the frames that are still in a stream batch, oldest first; it is empty then."""
+        ...
+
     def prepare(self, params: Params) -> None:
         """Work ahead for these settings, in any thread, so that the frame path need not; UserError for bad ones."""
         ...
@@ -98,55 +92,17 @@ class State:
     """What one stream remembers from frame to frame."""
 
     prepared: Prepared
+    calls: Calls  # of the UNet, with the memory of what widens it
+    batch: StreamBatch | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
     noises: tuple[Tensor, ...] = ()  # the start's and those between steps
     travel: Tensor | None = None  # latent pixels back to where the shot's noise lies, (1, 2, H/8, W/8)
     moved: Tensor | None = None  # the same back to the last frame
     latents: Tensor | None = None  # what became of the last frame, (1, C, H/8, W/8)
+    estimates: tuple[Tensor, ...] = ()  # of x0 at each of its steps
+    fresh: bool = True  # the next frame is the first of a shot
     transition: Transition | None = None  # of the prompts, from a live change on until it is complete
     since: int = 0  # frames of it
-    companions: tuple[Companion, ...] = ()  # of the model's parts, from the first frame on
-    rows: int = 0  # of their memory: a row per call of the UNet
-
-
-class Stages:
-    """Adds up the time of named stages of one frame, ms."""
-
-    def __init__(self) -> None:
-        self.ms: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.ms[name] = self.ms.get(name, 0.0) + (time.perf_counter() - started) * 1e3
-
-
-class Decoding:
-    """A `Launched` whose last network is still running. Its stream's next step must come after `wait`."""
-
-    def __init__(self, pending: Pending, stages: Stages) -> None:
-        self.stages_ms = stages.ms
-        self._pending = pending
-        self._stages = stages
-        self._pixels: NDArray[np.uint8] | None = None
-
-    def done(self) -> bool:
-        return self._pixels is not None or self._pending.done()
-
-    def wait(self) -> None:
-        if self._pixels is None:
-            with self._stages("decode"):
-                (picture,) = self._pending.wait()
-            with self._stages("pixels"):  # out of the engine's memory, and off the device
-                self._pixels = picture[0].cpu().numpy().copy()
-
-    def image(self) -> NDArray[np.uint8]:
-        self.wait()
-        assert self._pixels is not None
-        return self._pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +119,9 @@ class Networks:
     guidance_width: int = 0  # of the UNet's guidance embedding, 0 = it has none
     style_words: frozenset[str] = frozenset()  # what a small vocabulary knows; empty = anything goes
     parts: tuple[Part, ...] = ()  # what the UNet is widened by
+    rows: int = 1  # latents that it takes at once: more than 1 is a stream batch
+    timesteps: tuple[int, ...] | None = None  # of the model's own, noisiest first
+    sampler: Sampler = "lcm"
     time_ids: Tensor | None = None  # (1, 6), where the UNet takes them beside pooled words, as SDXL's does
 
     @property
@@ -193,10 +152,17 @@ class LatentStylizer:
         self.size = (8 * columns, 8 * rows)
         self._threads = torch.get_num_threads()
 
+    @property
+    def delay(self) -> int:
+        """Frames by which a step's picture is that of an earlier one."""
+        return self.networks.rows - 1
+
     def open(self, params: Params) -> State:
         """Fresh memory for one stream, with its prompt already encoded."""
         self.prepare(params)
-        state = State(self._prepare(params.style, None))
+        net = self.networks
+        batch = StreamBatch(net.rows) if net.rows > 1 else None
+        state = State(self._prepare(params.style, None), Calls(net.unet, net.parts, net.time_ids), batch=batch)
         self._draw(state, renew=True)
         return state
 
@@ -211,65 +177,93 @@ class LatentStylizer:
         if torch.get_num_threads() != self._threads:  # a thread begun while the frame lane had one only
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            latents = self._latents(state, torch.from_numpy(image)[None], params, stages)
-            with stages("decode"):
-                pending = self.networks.decode.launch(latents)
-        return Decoding(pending, stages)
+            finished = self._advance(state, torch.from_numpy(image)[None], params, stages)
+            return Filling(stages) if finished is None else self._decode(finished, stages)
+
+    def drain(self, state: State) -> list[NDArray[np.uint8]]:
+        """The pictures of the frames that are still in a stream batch, oldest first; it is empty then."""
+        if state.batch is None:
+            return []
+        with torch.inference_mode():
+            finished = state.batch.drain(state.calls)
+            decoded = [self._decode(frame, Stages()).image() for frame in finished]
+        return [image for image in decoded if image is not None]
 
     def stylize(self, state: State, picture: Tensor, params: Params) -> Tensor:
         """The same from tensor to tensor, whichever kind of picture the networks take; see `networks.Encode`."""
-        return self.networks.decode(self._latents(state, picture, params, Stages()))[0]
+        finished = self._advance(state, picture, params, Stages())
+        if finished is None:
+            raise ValueError("a stream batch gives no picture for its first frames")
+        return self.networks.decode(self._unscaled(finished))[0]
 
-    def _latents(self, state: State, picture: Tensor, params: Params, stages: Stages) -> Tensor:
-        """Everything before the decoder: a picture → the latents of its painting, (1, C, H/8, W/8)."""
-        net = self.networks
+    def _advance(self, state: State, picture: Tensor, params: Params, stages: Stages) -> Trajectory | None:
+        """Everything before the decoder: one frame in, and the one that is through with its steps out."""
+        state.calls.stages = stages
         with stages("schedule"):
             prepared = self._follow(state, params.style)
         with stages("encode"):
-            (raw,) = net.encode(picture)
-        with stages("schedule"):
-            style, schedule = prepared.style, prepared.schedule
-            distilled = net.guidance_width > 0  # with its guidance as an input: one pass serves
-            cond = Conditioning(
-                words=(prepared.words, *prepared.pooled),
-                negative=(prepared.negative, *prepared.pooled_negative),
-                source=raw if net.concatenates else None,
-                guidance=1.0 if distilled else style.guidance,
-                image_guidance=style.image_guidance,
-            )
-            pure = net.concatenates and style.strength >= 1
-            source = net.scaling * (raw - net.shift)
-            if params.temporal.feedback:
-                source = fed_back(source, state.latents, state.moved, params.temporal.feedback)
-            noises = state.noises
-            if style.seed_mode == "flow":
-                noises = tuple(drifted(noise, state.travel) for noise in noises)
-            z = start(source, noises[0], schedule.steps[0], pure=pure)
-            embedded = guidance_embedding(style.guidance - 1, net.guidance_width) if distilled else None
-            self._remember(state, len(schedule.steps) * cond.passes)
-            calls = count()
-            seen = self._seen(picture, params)
-
-        def network(z: Tensor, t: float, prompt: Prompt) -> Tensor:
-            row = next(calls)
-            words, *pooled = prompt
-            call = Call(z.contiguous(), torch.tensor([t]), words, range(row, row + 1), (0,), 1, (seen,))
-            with stages("unet"):
-                return self._unet(state, call, guidance=embedded, pooled=pooled[0] if pooled else None)
-
+            (raw,) = self.networks.encode(picture)
         unet_before = stages.ms.get("unet", 0.0)
         with stages("schedule"):
-            z = denoise(network, z, schedule, cond, noises[1:])
-            state.latents, state.moved = z, None
-            latents = z / net.scaling + net.shift
+            frame = self._entering(state, raw, prepared, params)
+            frame = replace(frame, seen=self._seen(picture, params))
+            state.fresh = False
+            finished: Trajectory | None
+            if state.batch is None:
+                state.calls.remember(frame.cond.rows(len(frame.schedule.steps)))
+                finished = run(state.calls, frame, state.estimates)
+                state.estimates, state.latents = finished.estimates, finished.z
+            else:
+                state.calls.remember(len(Pass) * self.networks.rows)
+                finished = state.batch.push(state.calls, frame)
+            state.moved = None
         stages.ms["schedule"] -= stages.ms["unet"] - unet_before  # timed around the network's own time
-        return latents
+        return finished
+
+    def _entering(self, state: State, raw: Tensor, prepared: Prepared, params: Params) -> Trajectory:
+        """A frame before its first step, from the encoder's output (1, C, H/8, W/8)."""
+        net, style, schedule = self.networks, prepared.style, prepared.schedule
+        cond = Conditioning(
+            words=(prepared.words, *prepared.pooled),
+            negative=(prepared.negative, *prepared.pooled_negative),
+            source=raw if net.concatenates else None,
+            guidance=1.0 if net.guidance_width else style.guidance,  # distilled with it as an input: one pass serves
+            image_guidance=style.image_guidance,
+            mode=style.guidance_mode,
+            delta=style.delta,
+            mask_guidance=style.mask_guidance,
+        )
+        source = net.scaling * (raw - net.shift)
+        if params.temporal.feedback:
+            source = fed_back(source, state.latents, state.moved, params.temporal.feedback)
+        noises = state.noises
+        if style.seed_mode == "flow":
+            noises = tuple(drifted(noise, state.travel) for noise in noises)
+        moved = state.moved
+        return Trajectory(
+            z=start(source, noises[0], schedule.steps[0], pure=net.concatenates and style.strength >= 1),
+            schedule=schedule,
+            cond=cond,
+            noises=noises[1:],
+            anchor=source,
+            smoothing=params.temporal.smoothing,
+            carry=None if moved is None else lambda latent: sample(latent, moved),
+            fresh=state.fresh,
+        )
+
+    def _decode(self, frame: Trajectory, stages: Stages) -> Decoding:
+        with stages("decode"):
+            return Decoding(self.networks.decode.launch(self._unscaled(frame)), stages)
+
+    def _unscaled(self, frame: Trajectory) -> Tensor:
+        return frame.z / self.networks.scaling + self.networks.shift
 
     def forget(self, state: State) -> None:
-        """Start the stream's window of frames anew, and leave noise and results where they were."""
-        for companion in state.companions:
-            companion.reset()
+        """Start the stream's memory of frames anew, and leave noise and results where they were."""
+        if state.batch is None:  # else each row forgets when the new shot's first frame gets there
+            state.calls.reset()
         state.travel = state.moved = state.latents = None
+        state.estimates, state.fresh = (), True
 
     def prepare(self, params: Params) -> None:
         """Read the prompts, and let the parts work ahead; then the frame path finds all of it done. Any thread."""
@@ -322,40 +316,24 @@ class LatentStylizer:
             state.transition = None
         return shown
 
-    def _remember(self, state: State, rows: int) -> None:
-        """See to it that the stream has memory for so many calls of the UNet per frame."""
-        if state.rows != rows:
-            state.companions, state.rows = tuple(part.companion(rows) for part in self.networks.parts), rows
-
     def _seen(self, picture: Tensor, params: Params) -> Seen:
-        """What the parts make of one frame."""
-        if not self.networks.parts:
-            return Seen(None, {})
+        """What the UNet's calls want to know of one frame."""
+        net, guides = self.networks, dict[str, Any]()
+        if net.guidance_width:
+            guides["guidance"] = guidance_embedding(params.style.guidance - 1, net.guidance_width)
+        if not net.parts:
+            return Seen(None, guides)
         image = pixels(picture)
-        guides: dict[str, Any] = {}
-        for part in self.networks.parts:
+        for part in net.parts:
             guides |= part.guide(image, params)
         return Seen(image, guides)
-
-    def _unet(self, state: State, call: Call, **base: Tensor | None) -> Tensor:
-        """One call of the UNet with what the stream's companions give and keep, (n, C, h, w)."""
-        engine = self.networks.unet
-        given: dict[str, Any] = {"z": call.z, "t": call.t, "words": call.words, "time_ids": self.networks.time_ids}
-        given |= base
-        for companion in state.companions:
-            given |= companion.inputs(call)
-        output, *rest = engine(*(given[spec.name] for spec in engine.spec.inputs))
-        found = dict(zip((spec.name for spec in engine.spec.outputs[1:]), rest, strict=True))
-        for companion in state.companions:
-            companion.keep(call, found)
-        newest = output.view(len(call.rows), -1, *output.shape[1:])[:, -1]  # of a row's block of frames
-        return newest.clone()
 
     def _prepare(self, style: Style, before: Prepared | None) -> Prepared:
         if before and (before.style.steps, before.style.strength) == (style.steps, style.strength):
             schedule = before.schedule
         else:
-            schedule = consistency_schedule(self.networks.tables, style.steps, style.strength)
+            net = self.networks
+            schedule = consistency_schedule(net.tables, style.steps, style.strength, net.timesteps, net.sampler)
         return Prepared(style, schedule, *self._read(style))
 
     def _read(self, style: Style) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -381,38 +359,16 @@ def changed(before: Style, after: Style, names: tuple[str, ...]) -> bool:
     return any(getattr(before, name) != getattr(after, name) for name in names)
 
 
-def pixels(picture: Tensor) -> NDArray[np.uint8]:
-    """(H, W, 3) of a picture of either kind that `networks.Encode` takes."""
-    if picture.dtype != torch.uint8:
-        picture = (picture * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return picture[0].cpu().numpy()
-
-
-def drifted(noise: Tensor, travel: Tensor | None) -> Tensor:
-    """Noise (1, C, h, w) that has gone with the scene: taken whole from where each place was when the shot began.
-
-    Values are moved, never mixed, so they stay Gaussian; what comes into view wears noise from the other edge.
-    """
-    if travel is None:
-        return noise
-    height, width = noise.shape[2:]
-    x = (torch.arange(width) + travel[0, 0]).round().long() % width
-    y = (torch.arange(height)[:, None] + travel[0, 1]).round().long() % height
-    return noise[:, :, y, x]
-
-
-def fed_back(source: Tensor, before: Tensor | None, moved: Tensor | None, share: float) -> Tensor:
-    """The source latent with a share of the last result's, carried along the motion, (1, C, h, w)."""
-    if before is None or before.shape != source.shape:
-        return source
-    if moved is not None:
-        before = sample(before, moved)
-    return torch.lerp(source, before, share)
-
-
 def guidance_embedding(scale: float, width: int) -> Tensor:
     """The sinusoidal embedding of a guidance scale, (1, width); Meng et al. 2023, as diffusers computes it."""
     half = width // 2
     frequencies = torch.exp(torch.arange(half) * -(np.log(10_000.0) / (half - 1)))
     angles = 1000.0 * scale * frequencies
     return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))[None]
+
+
+def pixels(picture: Tensor) -> NDArray[np.uint8]:
+    """(H, W, 3) of a picture of either kind that `networks.Encode` takes."""
+    if picture.dtype != torch.uint8:
+        picture = (picture * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return picture[0].cpu().numpy()

@@ -94,6 +94,8 @@ class Call:
     of: int  # denoising steps per frame
     frames: tuple[Seen, ...]  # whose frame each is
     wanted: bool = True  # whether this is the pass for the wanted prompt
+    live: tuple[bool, ...] = ()  # which rows are asked for, () = all; others must leave memory alone
+    masked: tuple[bool, ...] = ()  # which rows keep in self-attention only what stands out; () = none
 
 
 class Companion(Protocol):
@@ -107,6 +109,6 @@ class Companion(Protocol):
         """The feature's outputs of that call, valid until the engine's next one."""
         ...
 
-    def reset(self) -> None:
-        """Another scene begins."""
+    def reset(self, row: int | None = None) -> None:
+        """Another scene begins, for all rows or for one."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,9 +28,9 @@ FADE = 2  # frames in which a key that came late takes over
 
 @dataclass(frozen=True, slots=True)
 class Diffused:
-    """A picture out of the style lane."""
+    """A picture out of the style lane; None while a stream batch still fills."""
 
-    image: NDArray[np.uint8]
+    image: NDArray[np.uint8] | None
     stages_ms: dict[str, float]
     took_ms: float
 
@@ -83,7 +84,7 @@ class StyleLane:
             if params.debug.style_delay_ms:
                 time.sleep(params.debug.style_delay_ms / 1000)
             took = (time.perf_counter() - started) * 1000
-        if params.debug.flicker:
+        if params.debug.flicker and picture is not None:
             from models.temporal import flickered
 
             picture = flickered(picture, params.debug.flicker)
@@ -94,18 +95,19 @@ class StyleLane:
         state: State,
         image: NDArray[np.uint8],
         params: Params,
-        track: Track,
+        track: Track | None,
         *,
         cut: bool,
         moved: Flow | None = None,
-    ) -> Future[tuple[Diffused, Key]]:
+    ) -> Future[tuple[Diffused, Key | None]]:
         """The same in the style lane's own thread, made into the key of the frame that `track` follows."""
 
-        def diffuse() -> tuple[Diffused, Key]:
+        def diffuse() -> tuple[Diffused, Key | None]:
             from models.lane import made
 
             picture = self.now(state, image, params, cut=cut, moved=moved)
-            return picture, made(track, picture.image)
+            key = made(track, picture.image) if track is not None and picture.image is not None else None
+            return picture, key
 
         return self.device.thread.submit(diffuse)
 
@@ -116,12 +118,13 @@ class StyleLane:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one captured frame came to."""
+    """What one captured frame came to: the picture of the frame `ago` frames before it, None where there is none yet."""
 
-    image: NDArray[np.uint8]
+    image: NDArray[np.uint8] | None
     stages_ms: dict[str, float]  # of the frame lane
     key: Diffused | None = None  # a picture that was diffused
     waited: bool = False  # for that picture: its stages are part of this frame's time
+    ago: int = 0
 
 
 def remembers(params: Params) -> bool:
@@ -145,7 +148,8 @@ class Clocks:
     plan: Plan = field(default_factory=Plan)
     _lane: FrameLane | None = None
     _built: tuple[str, str] = ("", "")  # flow and refiner the lane was built with
-    _under_way: Future[tuple[Diffused, Key]] | None = None
+    _under_way: Future[tuple[Diffused, Key | None]] | None = None
+    _asked: deque[Track] = field(default_factory=deque)  # frames in a stream batch, oldest first
     _since: int = 0  # frames since the last key
     _cut: bool = False  # another scene has begun since a frame was last diffused
 
@@ -159,19 +163,23 @@ class Clocks:
             self._drop()
             key = self.style.now(state, image, params, launched)
             self.costs.add_style(key.took_ms)
-            return Turn(key.image, {}, key, waited=True)
-        lane = self._follow(params, image)
+            return Turn(key.image, {}, key, waited=True, ago=self.style.stylizer.delay)
+        lane = self._follow(state, params, image)
         lane.advance(image)
         self._cut |= lane.motion is not None and lane.motion.cut
         self._since += 1
         late = self.plan.mode == "reproject" and lane.ready
         arrived = self._arrived(lane, wait=not late)
         if not late and (self._since >= self.plan.every or self._cut or not lane.ready):
-            arrived = self.style.now(state, image, params, launched, cut=self._cut, moved=lane.moved)
-            lane.answer(lane.ask(), arrived.image, 1 if self._cut else self.plan.every)
+            track, moved = self._ask(lane), lane.moved
+            arrived = self.style.now(state, image, params, launched, cut=self._cut, moved=moved)
+            while not lane.ready and arrived.image is None:  # fill a stream batch with the first frame
+                track, arrived = self._ask(lane), self.style.now(state, image, params)
+            if track is not None and arrived.image is not None:
+                lane.answer(track, arrived.image, 1 if self._cut else self.plan.every)
             self._since, self._cut = 0, False
         elif late and self._under_way is None and not arrived:  # a frame's rest between two keys: neither is quick
-            self._under_way = self.style.later(state, image, params, lane.ask(), cut=self._cut, moved=lane.moved)
+            self._under_way = self.style.later(state, image, params, self._ask(lane), cut=self._cut, moved=lane.moved)
             self._cut = False
         launched()
         picture = lane.show()
@@ -186,10 +194,23 @@ class Clocks:
             return None
         future, self._under_way = self._under_way, None
         picture, key = future.result()
-        lane.adopt(key, FADE)
+        if key is not None:
+            lane.adopt(key, FADE)
         return picture
 
-    def _follow(self, params: Params, image: NDArray[np.uint8]) -> FrameLane:
+    def rest(self, state: State) -> list[NDArray[np.uint8]]:
+        """The pictures of the newest frames that a stream batch still holds, at the end; oldest first.
+
+        None where keys are carried to the present frame, since then every frame has had its picture.
+        """
+        return [] if self._lane else self.style.stylizer.drain(state)
+
+    def _ask(self, lane: FrameLane) -> Track | None:
+        """Ask for the present frame; what comes next is the picture of the frame whose track this is."""
+        self._asked.append(lane.ask())
+        return self._asked.popleft() if len(self._asked) > self.style.stylizer.delay else None
+
+    def _follow(self, state: State, params: Params, image: NDArray[np.uint8]) -> FrameLane:
         """The frame lane for these settings and pictures like this."""
         refiner = self._refiner(params)
         built = params.temporal.flow, refiner
@@ -197,6 +218,7 @@ class Clocks:
             from models.lane import frame_lane
 
             self._drop()
+            self.style.stylizer.drain(state)  # frames in a stream batch that this lane has not followed
             temporal = params.temporal.model_copy(update={"refiner": refiner})
             self._lane = frame_lane(temporal, (image.shape[1], image.shape[0]))
             self._built = built
@@ -207,6 +229,7 @@ class Clocks:
         if self._under_way is not None:
             self._under_way.exception()  # its stream's memory is free again once it is through
         self._lane = self._under_way = None
+        self._asked.clear()
 
     def _refiner(self, params: Params) -> str:
         """Which refiner frames go through: `auto` refines what would flicker, with the better one where time allows."""

@@ -1,4 +1,4 @@
-"""Settings from every side: defaults < preset < TOML < `--set` < explicit flags, one schema."""
+"""Settings from every side: defaults < the model's recipe < preset < TOML < `--set` < explicit flags, one schema."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from accel.errors import UserError
 from models.params import Params
+from models.recipe import recipe_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"style.steps": 1, "style.guidance": 1.0, "sink.crf": 23},
@@ -48,12 +49,28 @@ def load_params(
     config: Path | None = None,
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
+    model: str = "mini",
 ) -> Params:
-    """The settings of a run; a later layer wins. Raises UserError for an unknown key, value, preset or file."""
+    """The settings of a run; a later layer wins. Raises UserError for an unknown key, value, preset or file.
+
+    >>> load_params(model="sd-turbo", sets=["style.steps=2"]).style.strength
+    0.5
+    """
     params = Params()
-    for layer in (_preset(preset), _toml(config), _sets(sets), dict(flags or {})):
+    for layer in (recipe_of(model).settings, _preset(preset), _toml(config), _sets(sets), dict(flags or {})):
         params = patched(params, layer)
     return params
+
+
+def moved(params: Params, before: str, after: str) -> Params:
+    """Settings taken over to another model: what is still as the one before is run becomes as the new one is run.
+
+    >>> moved(load_params(model="sd-turbo"), "sd-turbo", "sd15-lcm").style.steps
+    4
+    """
+    kept = flatten(params.model_dump())
+    old, new = (flatten(patched(Params(), recipe_of(model).settings).model_dump()) for model in (before, after))
+    return patched(params, {key: new[key] for key in new if old[key] != new[key] and kept[key] == old[key]})
 
 
 def patched(params: Params, changes: Mapping[str, Any]) -> Params:

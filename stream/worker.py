@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from accel.machine import trim_memory
@@ -20,6 +20,9 @@ from stream.pacing import LEARNING
 from stream.session import Clock, Session, Shared
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from models.stylizer import State, Stylizer
 
 R = TypeVar("R")
@@ -34,6 +37,7 @@ class _Lane:
     session: Session
     clocks: Clocks
     state: State | None = None
+    taken: deque[Frame] = field(default_factory=deque)  # whose pictures may still come, oldest first
     produced: int = 0
     last: float = 0.0  # s, its newest turn
 
@@ -112,6 +116,7 @@ class Worker(threading.Thread):
             session = lane.session
             if session.error is not None or session.inbox.drained:
                 self._lanes.popleft()
+                session.isolate(self._finish, lane)
                 session.retire()
                 trim_memory()
                 return True
@@ -164,10 +169,12 @@ class Worker(threading.Thread):
         turn = lane.clocks.turn(lane.state, frame.image, params, session.inbox.release)
         if turn.key:
             session.meter.key(self.clock())
-        session.outlets.put(replace(frame, image=turn.image))
-        if session.shared:
-            session.meter.frame_out(self.clock(), frame.captured)
-        lane.produced += 1
+        lane.taken.append(frame)
+        while len(lane.taken) > turn.ago + 1:  # another way of working has begun, which owes them nothing
+            lane.taken.popleft()
+            session.meter.drop()
+        if turn.image is not None:
+            self._deliver(lane, lane.taken.popleft(), turn.image)
         stages = dict(turn.stages_ms)
         if turn.key and turn.waited:
             stages |= turn.key.stages_ms
@@ -179,6 +186,21 @@ class Worker(threading.Thread):
         if session.frames is not None and lane.produced >= session.frames:
             session.inbox.close(discard=True)
             session.stop()
+
+
+    def _deliver(self, lane: _Lane, frame: Frame, image: NDArray[np.uint8]) -> None:
+        """The picture of a captured frame, to whoever looks."""
+        lane.session.outlets.put(replace(frame, image=image))
+        if lane.session.shared:
+            lane.session.meter.frame_out(self.clock(), frame.captured)
+        lane.produced += 1
+
+    def _finish(self, lane: _Lane) -> None:
+        """Deliver what a stream batch still holds when a session ends by itself."""
+        if lane.state is None or lane.session.error is not None:
+            return
+        for image in lane.clocks.rest(lane.state):
+            self._deliver(lane, lane.taken.popleft(), image)
 
 
 def _settle(future: Future[R], fn: Callable[[], R]) -> None:

@@ -169,8 +169,13 @@ class FakeStylizer:
             raise ArithmeticError("boom")
         return FakeLaunched(255 - image, {"encode": 1.0, "unet": 2.0, "decode": 0.5})
 
+    delay = 0
+
     def prepare(self, params: Params) -> None:
         """Nothing to do ahead."""
+
+    def drain(self, state: Any) -> list[NDArray[np.uint8]]:
+        return []
 
     def forget(self, state: Any) -> None:
         state.cuts += 1

@@ -139,7 +139,7 @@ def test_without_a_window_nothing_is_stored_and_the_network_is_the_plain_one(fol
     state = model.open(params())
     played(model, state, params(), range(2))
     model.forget(state)
-    assert not state.companions
+    assert not state.calls.companions
 
 
 def test_every_frame_gives_a_picture_and_memory_is_constant(loaded: Callable[..., LatentStylizer]) -> None:
@@ -274,7 +274,7 @@ def test_a_window_that_cannot_be_is_the_users_error(
 
 
 def rolling(state: State) -> Rolling:
-    (companion,) = state.companions
+    (companion,) = state.calls.companions
     assert isinstance(companion, Windowed)
     return companion.rolling
 
