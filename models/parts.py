@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.errors import UserError
@@ -33,6 +34,8 @@ def parts_of(folder: Folder, structure: Structure, latent: tuple[int, int, int, 
     parts = []
     if window := window_of(folder, structure):
         parts.append(_motion(folder, window, latent[2:], structure.rows))
+    if structure.picture:
+        parts.append(_picture(folder, structure))
     return parts
 
 
@@ -65,4 +68,27 @@ def _motion(folder: Folder, window: Window, size: tuple[int, int], rows: int) ->
         motion,
         companion=lambda memory: Windowed(motion, window, memory),
         guide=lambda image, params: {"motion_scale": params.temporal.motion_scale},
+    )
+
+
+def _picture(folder: Folder, structure: Structure) -> Part:
+    from models.addons import addon, family_of
+    from models.image_prompt import GUIDE, ImagePrompt, Pictures
+    from models.ip_adapter import find_adapter
+    from models.picture_encoder import PictureEncoder
+
+    unet, own = folder.config("unet"), folder.path / "ip_adapter"
+    path = Path(structure.picture_adapter) if structure.picture_adapter else own if own.is_dir() else None
+    adapter = find_adapter(path or addon("picture", family_of(unet)), int(unet["cross_attention_dim"]))
+    prompt, encoder = ImagePrompt(adapter, structure.rows), PictureEncoder(adapter)
+
+    def ready(params: Params) -> None:
+        if params.style.picture:
+            encoder.embed_file(params.style.picture)
+
+    return Part(
+        prompt,
+        companion=lambda memory: Pictures(prompt),
+        guide=lambda image, params: {GUIDE: encoder.shown(params.style.picture, params.style.picture_scale)},
+        ready=ready,
     )
