@@ -131,7 +131,8 @@ def _scene(
 def _stylize(stylizers: dict[tuple[int, int], Stylizer], source: Clip, params: Params) -> Clip:
     stylizer = stylizers[source[0].shape[1], source[0].shape[0]]
     state = stylizer.open(params)
-    return [stylizer.step(state, picture, params).image() for picture in source]
+    stylized = (stylizer.step(state, picture, params).image() for picture in source)
+    return [picture for picture in stylized if picture is not None]
 
 
 def _lane(refiner: str, scene: Scene) -> FrameLane:

@@ -1,20 +1,34 @@
-"""LoRAs in a network's weights: merged once, or worn and changed between two frames."""
+"""LoRAs in networks: merged into weights for good, or worn by a stream without anything being changed.
+
+What the image model wears goes into its graph through `models.slots`. A text model is copied without its weights, which
+both share, and the copy has the LoRAs' branches beside its layers: streams with other LoRAs go on with theirs.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from copy import deepcopy
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from accel.errors import UserError
-from models.lora import Update, fitted, weight_of
+from models.lora import Update, fitted, read_lora, weight_of
+from models.slots import Changes, Slots, beside
+from models.worn import LoraSet, rank_of
 
-T = TypeVar("T")
-LoraSet = tuple[tuple[str, float], ...]  # names and scales; they add up
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+Fitted = Mapping[str, Mapping[str, Update]]  # what a file does to each network's layers
+
+FILES_MB, SETS_MB = 2048, 1024  # kept of what was read, and of what was made of it
+READERS = 8  # kept, each with its embeddings
 
 
 def merge_lora(network: nn.Module, lora: Mapping[str, Tensor], scale: float = 1.0, part: str = "unet") -> int:
@@ -25,121 +39,145 @@ def merge_lora(network: nn.Module, lora: Mapping[str, Tensor], scale: float = 1.
     updates = fitted(network, lora, part)
     for path, update in updates.items() if scale else ():
         weight = weight_of(network, path).data
-        weight.copy_(summed(weight, [(update, scale)]))
+        found = weight.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        update.add_to(found, scale)
+        weight.copy_(found)  # rounded once
     return len(updates)
 
 
-def summed(weight: Tensor, changes: Sequence[tuple[Update, float]]) -> Tensor:
-    """A weight and what each LoRA at its scale adds to it: a new tensor, float32."""
-    found = weight.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    for update, scale in changes:
-        update.add_to(found, scale)
+def dressed(model: nn.Module, changes: Changes) -> nn.Module:
+    """A copy of a network that shares its weights and has these LoRAs' branches beside its layers."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    found = deepcopy(model, shared)
+    for path, updates in changes.items():
+        for update, scale in updates:
+            up, down = update.factors()
+            found.get_submodule(path).register_forward_hook(partial(beside, down=down, up=scale * up))
     return found
 
 
-def apply_lora(
-    unet: nn.Module,
-    text_encoder: nn.Module | None,
-    lora: Mapping[str, Tensor],
-    scale: float = 1.0,
-    text_encoder_2: nn.Module | None = None,
-) -> int:
-    """`merge_lora` over a pipeline's networks; what a LoRA has for one that is not given is left out.
+class Kept(Generic[K, V]):
+    """What was made lately, by key, up to a size; the newest always. Any thread may ask.
 
-    >>> apply_lora(unet, text_model, read_lora(Path("lcm-lora.safetensors")))
-    """
-    parts = {"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
-    present = {part: network for part, network in parts.items() if network is not None}
-    if not sum(len(fitted(network, lora, part)) for part, network in present.items()):  # all of it, before any merging
-        raise UserError("the LoRA changes nothing here", hint=f"it has no layers of: {', '.join(present)}")
-    return sum(merge_lora(network, lora, scale, part) for part, network in present.items())
-
-
-class Adapted:
-    """A network that wears LoRAs: the changed layers' own weights are kept, so scale 0 gives back their bits.
-
-    `learn` and `weights` may run in another thread, one at a time; `wear` belongs between two frames. It writes into
-    the parameters where they lie, so eager, compiled and captured networks go on as they are. An engine that has
-    copied the weights (OpenVINO, TensorRT without refit) does not notice: it must be built anew, see `Swap`.
+    What is there is given at once, also while something else is being made, which happens one at a time.
     """
 
-    def __init__(self, network: nn.Module, part: str = "unet") -> None:
-        self.network = network
-        self.part = part
-        self._known: dict[str, dict[str, Update]] = {}
-        self._digests: dict[str, str] = {}
-        self._base: dict[str, Tensor] = {}
-        self._worn: dict[str, Tensor] = {}
+    def __init__(self, most: float, size: Callable[[V], float]) -> None:
+        self._most, self._size = most, size
+        self._known: OrderedDict[K, V] = OrderedDict()
+        self._looking, self._making = Lock(), Lock()
 
-    def learn(self, name: str, lora: Mapping[str, Tensor]) -> int:
-        """Fit a LoRA without wearing it, the number of layers it changes; UserError as `fitted`."""
-        updates = fitted(self.network, lora, self.part)
-        for path in updates:
-            if path not in self._base:
-                self._base[path] = weight_of(self.network, path).detach().clone()
-        self._known[name] = updates
-        self._digests[name] = digest(lora)
-        return len(updates)
+    def get(self, key: K, make: Callable[[], V]) -> V:
+        if (found := self._find(key)) is not None:
+            return found
+        with self._making:
+            if (found := self._find(key)) is not None:
+                return found
+            made = make()
+            with self._looking:
+                self._known[key] = made
+                total = sum(map(self._size, self._known.values()))
+                while total > self._most and len(self._known) > 1:
+                    total -= self._size(self._known.popitem(last=False)[1])
+            return made
 
-    def weights(self, worn: LoraSet) -> dict[str, Tensor]:
-        """Each known layer's weight under these LoRAs; the base itself where none has a say. Changes nothing."""
-        if unknown := next((name for name, _ in worn if name not in self._known), None):
-            raise UserError(f"no such LoRA: {unknown}", hint=f"known: {', '.join(self._known) or 'none'}")
-        found = {}
-        for path, base in self._base.items():
-            known = ((self._known[name].get(path), scale) for name, scale in worn if scale)
-            changes = [(update, scale) for update, scale in known if update]
-            found[path] = summed(base, changes).to(base.dtype) if changes else base
+    def _find(self, key: K) -> V | None:
+        with self._looking:
+            if key in self._known:
+                self._known.move_to_end(key)
+            return self._known.get(key)
+
+
+class Loras(Generic[V]):
+    """The LoRAs that a model's streams wear: each file is read and fitted once. Any thread may ask.
+
+    `slots` is the room in the UNet's graph, None = none; `texts` are the text models by their names in a pipeline, and
+    `reader` makes of them, or of their dressed copies, what reads prompts; `device` is where the graph's engine takes
+    its inputs from.
+
+    >>> loras = Loras(slots, folder.text_models(), folder.reader)
+    >>> worn = lora_set("ink.safetensors:0.8")
+    >>> loras.tensors(worn), loras.reader(worn).embed("a cat")
+    """
+
+    def __init__(
+        self,
+        slots: Slots | None,
+        texts: Mapping[str, nn.Module],
+        reader: Callable[[Mapping[str, nn.Module]], V],
+        device: str = "cpu",
+    ) -> None:
+        self._slots, self._texts, self._read_with, self._device = slots, texts, reader, device
+        self._plain = reader(texts)
+        self._files: Kept[Path, Fitted] = Kept(FILES_MB, megabytes_of_updates)
+        self._tensors: Kept[LoraSet, dict[str, Tensor]] = Kept(SETS_MB, lambda found: megabytes(found.values()))
+        self._readers: Kept[LoraSet, V] = Kept(READERS, lambda reader: 1)
+
+    def tensors(self, worn: LoraSet) -> dict[str, Tensor]:
+        """What the graph takes for these LoRAs, not to be written to; nothing where it has no room.
+
+        UserError where a file is broken or made for another family, or there is too little room.
+        """
+
+        def make() -> dict[str, Tensor]:
+            changes = self._changes("unet", worn)
+            if self._slots is None:
+                if rank := rank_of(worn):
+                    raise UserError("there is no room for LoRAs", hint=f"start with style.lora_rank={rank}")
+                return {}
+            return {name: tensor.to(self._device) for name, tensor in self._slots.tensors(changes).items()}
+
+        return self._tensors.get(worn, make)
+
+    def reader(self, worn: LoraSet) -> V:
+        """What reads prompts under these LoRAs; the plain one where they do not change text models.
+
+        UserError as `tensors`, room apart.
+        """
+
+        def make() -> V:
+            changes = {part: self._changes(part, worn) for part in self._texts}
+            if not any(changes.values()):
+                return self._plain
+            return self._read_with({part: dressed(model, changes[part]) for part, model in self._texts.items()})
+
+        return self._readers.get(worn, make)
+
+    def _changes(self, part: str, worn: LoraSet) -> Changes:
+        """What changes each layer of a network. Files at scale 0 are read as well: a slider will want them."""
+        found: dict[str, list[tuple[Update, float]]] = {}
+        for path, scale in worn:
+            for layer, update in self._fitted(path).get(part, {}).items():
+                if scale:
+                    found.setdefault(layer, []).append((update, scale))
         return found
 
-    def wear(self, weights: Mapping[str, Tensor]) -> None:
-        """Take what `weights` worked out; layers that stay the same are not touched."""
-        wanted = {**self._base, **weights}
-        with torch.no_grad():
-            for path, tensor in wanted.items():
-                if self._worn.get(path) is not tensor:
-                    weight_of(self.network, path).copy_(tensor)
-        self._worn = wanted
+    def _fitted(self, path: Path) -> Fitted:
+        """UserError where a file does not fit, or does nothing here."""
 
-    def fingerprint(self, worn: LoraSet) -> str:
-        """What must join the key of a cached engine that is built with these LoRAs; "" for none."""
-        return "".join(f"{self._digests[name]}:{scale!r};" for name, scale in sorted(worn) if scale)
+        def read() -> Fitted:
+            networks = ({"unet": self._slots.skeleton} if self._slots else {}) | dict(self._texts)
+            try:
+                lora = read_lora(path)
+                found = {part: fitted(network, lora, part) for part, network in networks.items()}
+            except UserError as error:
+                raise UserError(f"{path.name}: {error.message}", hint=error.hint) from error
+            if self._slots and not any(found.values()):
+                raise UserError(f"{path.name} changes nothing here", hint=f"it has no layers of: {', '.join(networks)}")
+            return found
 
-
-def digest(lora: Mapping[str, Tensor]) -> str:
-    """A LoRA's content in sixteen hexadecimal digits, whatever its file is called."""
-    found = hashlib.sha256()
-    for key in sorted(lora):
-        found.update(key.encode())
-        found.update(lora[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+        return self._files.get(path, read)
 
 
-class Swap(Generic[T]):
-    """Something made in a thread of its own and taken between two frames: weights to wear, or a second engine.
+def megabytes(tensors: Iterable[Tensor]) -> float:
+    return sum(tensor.nbytes for tensor in tensors) / 1e6
 
-    Frames go on with the old one meanwhile (and share the machine with the making). The newest request wins.
 
-    >>> swap.ask(partial(adapted.weights, (("ink", 0.8),)))
-    >>> if (weights := swap.take()) is not None: adapted.wear(weights)
-    """
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "swap")
-        self._asked: Future[T] | None = None
-
-    def ask(self, make: Callable[[], T]) -> None:
-        """Begin; what was asked for before and not taken is forgotten."""
-        if self._asked:
-            self._asked.cancel()
-        self._asked = self._pool.submit(make)
-
-    def take(self) -> T | None:
-        """What was asked for, once it is there, and then None again; never waits. Raises what making it raised."""
-        if self._asked is None or not self._asked.done():
-            return None
-        asked, self._asked = self._asked, None
-        return asked.result()
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+def megabytes_of_updates(found: Fitted) -> float:
+    return megabytes(
+        tensor
+        for updates in found.values()
+        for update in updates.values()
+        for tensor in (update.up, update.down, update.mid)
+        if tensor is not None
+    )

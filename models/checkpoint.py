@@ -12,7 +12,8 @@ from typing import Any
 
 from accel.errors import UserError
 from models.hub import asked, brought, fault, told
-from models.spec import MODELS, WEIGHTS, WORDS, models_root
+from models.rows import models_root
+from models.spec import MODELS, WEIGHTS, WORDS
 
 # The published configuration, where it differs from the defaults of its classes.
 SD15: dict[str, dict[str, Any]] = {
@@ -177,7 +178,7 @@ def tokenizer(path: Path) -> list[Path]:
     """The files of CLIP's tokenizer: beside the checkpoint, of a fetched model, or from the hub."""
     for folder in (
         path.parent / "tokenizer",
-        *(models_root() / f"{row}/tokenizer" for row in ("sd15-lcm", "animatediff-lcm")),
+        *(models_root() / f"{row}/tokenizer" for row in ("sd15-lcm", "sd15-hyper", "animatediff-lcm")),
     ):
         if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
             return sorted(file for file in folder.iterdir() if file.is_file())

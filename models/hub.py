@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.errors import UserError
-from models.spec import ModelSpec, Source, models_root
+from models.rows import Row, Source, models_root
 
 TIMEOUT = 8.0  # s for the hub's answer; a download that stalls is tried 5 times more, 10 s each
 POINTER = b"version https://git-lfs"  # how a file begins that git left behind
@@ -32,8 +32,9 @@ class Remote:
 
     @property
     def target(self) -> str:
-        """Where it goes in the model's folder."""
-        return f"{self.source.part}/{Path(self.file).name.replace('.fp16.', '.')}"
+        """Where it goes in the row's folder; pickled weights are written anew as safetensors."""
+        name = Path(self.file).name.replace(".fp16.", ".").replace(".bin", ".safetensors")
+        return f"{self.source.part}/{name}" if self.source.part else name
 
 
 def fault(file: Path) -> str:
@@ -183,7 +184,7 @@ def digest(path: Path) -> str:
 
 
 @contextmanager
-def told(spec: ModelSpec) -> Iterator[None]:
+def told(spec: Row) -> Iterator[None]:
     """The hub library's errors, and the disk's, as two lines."""
     from huggingface_hub import errors
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import version
 
+from models.adapters import Loras
 from models.folder import Folder
+from models.inversion import teach
 from models.networks import Graph, graphs, latent_shape
-from models.parts import parts_of, window_of
+from models.parts import parts_of, slots_of, window_of
 from models.structure import PLAIN, Structure
 from models.stylizer import LatentStylizer, Networks
 from models.text_xl import size_ids
@@ -59,7 +61,11 @@ def load(
 
     quiet_libraries()
     folder = folder_of(model)
-    parts = parts_of(folder, structure, latent_shape(folder, size))
+    text = folder.text()
+    teach(text, structure.embeddings)
+    slots = slots_of(folder, structure)
+    loras = Loras(slots, text.models, text.with_models)
+    parts = parts_of(folder, structure, latent_shape(folder, size), slots, loras)
     choice = choose(engine)
     log(choice.reason)
     backend, cache = choice.backend, default_root()
@@ -77,7 +83,8 @@ def load(
         encode=engines["encode"],
         unet=engines["unet"],
         decode=engines["decode"],
-        text=folder.text(),
+        text=text,
+        loras=loras,
         tables=tables,
         scaling=float(vae.get("scaling_factor") or 1.0),
         shift=float(vae.get("shift_factor") or 0.0),

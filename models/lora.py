@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,17 @@ class Update:
     mid: Tensor | None = None  # (r, r, k, k), then down is (r, in, 1, 1)
     alpha: float | None = None
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The update as two matrices, up (out, r) and down (r, in·k·k), float32: a middle and the alpha are in them."""
+        up, down = (t.float().flatten(1) for t in (self.up, self.down))
+        if self.mid is not None:
+            down = torch.einsum("abkl,bi->aikl", self.mid.float(), down).flatten(1)
+        return (up if self.alpha is None else up * (self.alpha / len(self.down))), down
+
     def add_to(self, weight: Tensor, scale: float) -> None:
         """Change a weight, contiguous float32 on any device, in place."""
-        up, down = (t.to(weight.device, torch.float32).flatten(1) for t in (self.up, self.down))
-        if self.mid is not None:
-            down = torch.einsum("abkl,bi->aikl", self.mid.to(down), down).flatten(1)
-        factor = scale if self.alpha is None else scale * self.alpha / len(self.down)
-        weight.view(len(weight), -1).addmm_(up, down, alpha=factor)
+        up, down = (factor.to(weight.device) for factor in self.factors())
+        weight.view(len(weight), -1).addmm_(up, down, alpha=scale)
 
     def fits(self, shape: torch.Size) -> bool:
         """Whether a weight of this shape can be changed by it."""
@@ -106,11 +111,18 @@ def alphas(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[s
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata; UserError for no file, another format and half a file."""
+    with opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; UserError for no file, another format and half a file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except OSError as error:
         raise UserError(f"cannot read {path} ({type(error).__name__})", hint="check the path") from error
     except SafetensorError as error:

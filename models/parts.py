@@ -1,9 +1,10 @@
-"""The features that a structure asks for, put to work: what each needs at load, per change of settings and per frame."""
+"""The features that a structure asks for, at work: what each needs at load, per change of settings and per frame."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from models.adapters import Loras
+    from models.slots import Slots
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -29,11 +33,19 @@ class Part:
     ready: Callable[[Params], None] = lambda params: None  # works ahead, in any thread; UserError for what cannot be
 
 
-def parts_of(folder: Folder, structure: Structure, latent: tuple[int, int, int, int]) -> list[Part]:
+def parts_of(
+    folder: Folder, structure: Structure, latent: tuple[int, int, int, int], slots: Slots | None, loras: Loras[Any]
+) -> list[Part]:
     """What the UNet is widened by, for latents (1, C, h, w); UserError where the model cannot have it."""
     parts = []
+    if slots:  # the first, since it finds layers by their places in the plain UNet
+        parts.append(_lora(slots, loras))
     if window := window_of(folder, structure):
         parts.append(_motion(folder, window, latent[2:], structure.rows))
+    if structure.bank:
+        parts.append(_bank(folder, structure, latent[2:]))
+    if structure.masked:
+        parts.append(_masked(structure))
     if structure.picture:
         parts.append(_picture(folder, structure))
     return parts
@@ -71,6 +83,24 @@ def _motion(folder: Folder, window: Window, size: tuple[int, int], rows: int) ->
     )
 
 
+def _bank(folder: Folder, structure: Structure, size: tuple[int, int]) -> Part:
+    from models.bank import FUSED, Bank, BankMemory, bank_layers
+
+    layers = bank_layers(folder.config("unet"), size, fused=FUSED if structure.fused else ())
+    bank = Bank(layers, structure.bank, structure.rows)
+    return Part(
+        bank,
+        companion=lambda memory: BankMemory(bank, memory),
+        guide=lambda image, params: {"bank_every": params.temporal.bank_every, "fusion": params.temporal.fusion},
+    )
+
+
+def _masked(structure: Structure) -> Part:
+    from models.self_attention import Masking, SelfMask
+
+    return Part(SelfMask(structure.rows), companion=lambda memory: Masking(), guide=lambda image, params: {})
+
+
 def _picture(folder: Folder, structure: Structure) -> Part:
     from models.addons import addon, family_of
     from models.image_prompt import GUIDE, ImagePrompt, Pictures
@@ -91,4 +121,25 @@ def _picture(folder: Folder, structure: Structure) -> Part:
         companion=lambda memory: Pictures(prompt),
         guide=lambda image, params: {GUIDE: encoder.shown(params.style.picture, params.style.picture_scale)},
         ready=ready,
+    )
+
+
+def slots_of(folder: Folder, structure: Structure) -> Slots | None:
+    """Room for LoRAs, where it is asked for."""
+    from models.slots import Slots
+
+    if not structure.lora_rank:
+        return None
+    return Slots(folder.config("unet"), structure.lora_rank, everywhere=structure.lora_everywhere)
+
+
+def _lora(slots: Slots, loras: Loras[Any]) -> Part:
+    from models.slots import NAME, WornSlots
+    from models.worn import lora_set
+
+    found = lru_cache(maxsize=64)(lora_set)  # looks for files: not in every frame
+    return Part(
+        slots,
+        companion=lambda memory: WornSlots(slots),
+        guide=lambda image, params: {NAME: loras.tensors(found(params.style.lora))},
     )

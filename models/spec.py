@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from models.rows import PLAIN, Recipe, Row, Source, models_root
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -15,61 +16,17 @@ WORDS = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "voca
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Which hub repository gives one part of a model, and which of its files.
+class ModelSpec(Row):
+    """One model; its folder is in diffusers' format."""
 
-    A file goes into the folder `part` under its own name, "fp16." taken out.
-    """
-
-    part: str  # unet, vae, text_encoder, …; also lora and motion_adapter
-    repo: str
-    files: tuple[str, ...]  # paths in the repository
-    kind: tuple[str, str] | None = None  # (library, class) for model_index.json
-    revision: str | None = None  # None = the newest: no commit of these could be checked where this was written
-    sha256: tuple[tuple[str, str], ...] = ()  # (file, digest) beyond the digests that the hub itself states
-    own: bool = False  # a checkpoint of the user's may stand in for it
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How a model was made to be run; None where its makers fix nothing."""
-
-    steps: int = 1
-    strength: float = 1.0
-    guidance: float = 1.0  # ≤ 1 = off
-    prediction: str | None = None
-    timesteps: tuple[int, ...] | None = None  # that it was distilled on, noisiest first
-    scheduler: tuple[tuple[str, Any], ...] = ()  # written over the base's scheduler_config.json
-    lora_scale: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """One row: where the folder is and what a user should know before choosing it."""
-
-    name: str
-    about: str
-    licence: str
-    megabytes: float
     size: tuple[int, int] = (512, 288)  # (width, height) that suits it
     packaged: Path | None = None  # its folder, where it comes with livestyle
     pipeline: str = "StableDiffusionPipeline"  # the class in diffusers that the folder is of
-    sources: tuple[Source, ...] = ()  # what `livestyle fetch` brings
-    recipe: Recipe = Recipe()
+    recipe: Recipe = PLAIN
 
     @property
     def folder(self) -> Path:
-        """In diffusers' format; not there until the model is fetched."""
         return self.packaged or models_root() / self.name
-
-
-def models_root() -> Path:
-    """The folder of fetched models: `$LIVESTYLE_MODELS`, else `models` beside the stored engines."""
-    from platformdirs import user_cache_dir
-
-    # An empty variable means unset, as in the XDG specification.
-    cache = Path(os.environ.get("LIVESTYLE_CACHE") or user_cache_dir("livestyle"))
-    return Path(os.environ.get("LIVESTYLE_MODELS") or cache / "models")
 
 
 def _unet(repo: str, *, own: bool = False) -> Source:
@@ -94,6 +51,18 @@ def _tiny(repo: str) -> Source:
 
 
 BASE15 = (_unet(SD15, own=True), *_words(SD15, own=True), _schedule(SD15, own=True))
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+HYPER, LIGHTNING = "ByteDance/Hyper-SD", "ByteDance/SDXL-Lightning"
+# Hyper-SD's one-step LoRAs are run with TCD's sampler at eta 1, one to eight steps (Ren et al. 2024, arXiv 2404.13686):
+# on LCM's timesteps, x0 and then noise anew, which but for timestep 0's noise is multistep consistency sampling.
+HYPER_RECIPE = Recipe(steps=1, strength=0.5, prediction="epsilon", scheduler=(("_class_name", "TCDScheduler"),))
+BASE_XL = (
+    _unet(SDXL),
+    *_words(SDXL),
+    *_words(SDXL, "CLIPTextModelWithProjection", "_2"),
+    _schedule(SDXL),
+    _tiny("madebyollin/taesdxl"),
+)
 TURBO_STEPS = (999, 749, 499, 249)  # adversarial diffusion distillation, Sauer et al. 2023, §3
 
 MODELS: dict[str, ModelSpec] = {
@@ -118,7 +87,7 @@ MODELS: dict[str, ModelSpec] = {
                 _schedule("stabilityai/sd-turbo"),
                 _tiny("madebyollin/taesd"),
             ),
-            recipe=Recipe(steps=1, strength=0.5, prediction="epsilon", timesteps=TURBO_STEPS),
+            recipe=Recipe(steps=1, strength=0.5, prediction="epsilon", timesteps=TURBO_STEPS, sampler="euler"),
         ),
         ModelSpec(
             name="sd15-lcm",
@@ -134,6 +103,19 @@ MODELS: dict[str, ModelSpec] = {
             recipe=Recipe(steps=4, strength=0.5, prediction="epsilon"),
         ),
         ModelSpec(
+            name="sd15-hyper",
+            about="Stable Diffusion 1.5, or a checkpoint of yours (fetch --base), in one step; wants a GPU",
+            licence="CreativeML OpenRAIL-M, Hyper-SD OpenRAIL++, TAESD MIT",
+            megabytes=2246,
+            size=(512, 512),
+            sources=(
+                *BASE15,
+                _tiny("madebyollin/taesd"),
+                Source("lora", HYPER, ("Hyper-SD15-1step-lora.safetensors",)),
+            ),
+            recipe=HYPER_RECIPE,
+        ),
+        ModelSpec(
             name="sdxl-turbo",
             about="the larger Turbo: finer pictures, one step; wants a big GPU",
             licence="Stability AI non-commercial (else: stability.ai/license), TAESDXL MIT",
@@ -147,7 +129,34 @@ MODELS: dict[str, ModelSpec] = {
                 _schedule("stabilityai/sdxl-turbo"),
                 _tiny("madebyollin/taesdxl"),
             ),
-            recipe=Recipe(steps=1, strength=0.5, prediction="epsilon", timesteps=TURBO_STEPS),
+            recipe=Recipe(steps=1, strength=0.5, prediction="epsilon", timesteps=TURBO_STEPS, sampler="ancestral"),
+        ),
+        ModelSpec(
+            name="sdxl-hyper",
+            about="Stable Diffusion XL in one step; wants a big GPU",
+            licence="OpenRAIL++, Hyper-SD OpenRAIL++, TAESDXL MIT",
+            megabytes=7571,
+            size=(512, 512),
+            pipeline="StableDiffusionXLPipeline",
+            sources=(*BASE_XL, Source("lora", HYPER, ("Hyper-SDXL-1step-lora.safetensors",))),
+            recipe=HYPER_RECIPE,
+        ),
+        ModelSpec(
+            name="sdxl-lightning",
+            about="Stable Diffusion XL in two steps of four; wants a big GPU",
+            licence="OpenRAIL++, SDXL-Lightning OpenRAIL++, TAESDXL MIT",
+            megabytes=7178,
+            size=(512, 512),
+            pipeline="StableDiffusionXLPipeline",
+            sources=(*BASE_XL, Source("lora", LIGHTNING, ("sdxl_lightning_4step_lora.safetensors",))),
+            recipe=Recipe(
+                steps=2,
+                strength=0.5,
+                prediction="epsilon",
+                timesteps=TURBO_STEPS,  # trailing, of four
+                sampler="euler",
+                scheduler=(("timestep_spacing", "trailing"),),
+            ),
         ),
         ModelSpec(
             name="animatediff-lcm",
@@ -167,6 +176,7 @@ MODELS: dict[str, ModelSpec] = {
                 prediction="epsilon",
                 scheduler=(("beta_schedule", "linear"),),
                 lora_scale=0.8,
+                window=8,
             ),
         ),
     )

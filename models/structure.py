@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from accel.errors import UserError
 from models.params import Params
+from models.units import controls_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +17,13 @@ class Structure:
     refresh: int = 0  # of them, computed again each time
     rows: int = 1  # denoising steps in flight: more than 1 is a stream batch
     bank: int = 0  # frames whose features the present one may look at
+    fused: bool = False  # those that are alike can be taken over
     masked: bool = False  # self-attention can be masked, for Style-A-Video's guidance
     controls: tuple[str, ...] = ()  # ControlNets by kind, or kind=folder, in the order of the setting
     picture: bool = False  # takes a style picture
     picture_adapter: str = ""  # where from, "" = the model's own
     lora_rank: int = 0  # room for LoRAs in the graph
+    lora_everywhere: bool = False  # that room is in every layer, not in attention blocks alone
     embeddings: tuple[str, ...] = ()  # files of textual inversions
 
     def covers(self, other: Structure) -> bool:
@@ -30,12 +33,19 @@ class Structure:
             controls=self.controls if {*other.controls} <= {*self.controls} else other.controls,
             picture=self.picture or other.picture,
             masked=self.masked or other.masked,
+            fused=self.fused or other.fused,
             lora_rank=max(self.lora_rank, other.lora_rank),
+            lora_everywhere=self.lora_everywhere or other.lora_everywhere,
         )
         return room == self
 
 
 PLAIN = Structure()
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The entries of a setting between commas."""
+    return tuple(entry for part in text.split(",") if (entry := part.strip()))
 
 
 def structure_of(params: Params) -> Structure:
@@ -53,4 +63,23 @@ def structure_of(params: Params) -> Structure:
         )
     if rows > 1 and temporal.refresh:
         raise UserError("temporal.refresh computes frames again, a stream batch none", hint="temporal.refresh=0")
-    return Structure(window=temporal.window, refresh=temporal.refresh, rows=rows)
+    found = Structure(
+        window=temporal.window,
+        refresh=temporal.refresh,
+        rows=rows,
+        bank=temporal.bank,
+        fused=bool(temporal.bank and temporal.fusion),
+        masked=style.guidance_mode == "four-way",
+        controls=controls_of(style.control),
+        picture=bool(style.picture),
+        picture_adapter=style.picture_adapter if style.picture else "",
+        lora_rank=style.lora_rank,
+        embeddings=listed(style.embeddings),
+    )
+    if style.lora:
+        from models.worn import beyond_attention, lora_set, rank_of  # reads heads of files: with torch
+
+        worn = lora_set(style.lora)
+        rank = rank_of(worn, style.lora_rank)
+        return replace(found, lora_rank=rank, lora_everywhere=beyond_attention(worn))
+    return found

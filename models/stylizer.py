@@ -20,16 +20,18 @@ from models.noise import drifted, fed_back
 from models.params import Params, Style
 from models.prompt import parse
 from models.reproject import scaled
-from models.schedule import Sampler, Schedule, consistency_schedule
+from models.schedule import Sampler, Schedule, consistency_schedule, entered
 from models.text import TextEncoder, Transition, unknown_words
 from models.text_xl import DoubleTextEncoder
 from models.unet import Seen
+from models.worn import lora_set
 
 if TYPE_CHECKING:
     from accel.engine import Engine
+    from models.adapters import Loras
     from models.parts import Part
 
-PROMPTS = ("prompt", "negative")
+PROMPTS = ("prompt", "negative", "lora")
 SHOT = ("strength", "steps", "guidance", "image_guidance", "mask_guidance", "guidance_mode", "delta", "seed")
 # changed, frames before mislead; so do `PROMPTS` at once
 
@@ -38,7 +40,11 @@ class Stylizer(Protocol):
     """A loaded model for one picture size. All memory of a stream is in its `State`; weights are shared."""
 
     size: tuple[int, int]  # (width, height)
-    delay: int  # frames by which a step's picture is that of an earlier one, in a stream batch
+
+    @property
+    def delay(self) -> int:
+        """Frames by which a step's picture is that of an earlier one, in a stream batch."""
+        ...
 
     def open(self, params: Params) -> State: ...
     def step(self, state: State, image: NDArray[np.uint8], params: Params) -> Launched: ...
@@ -113,6 +119,7 @@ class Networks:
     unet: Engine
     decode: Engine
     text: TextEncoder | DoubleTextEncoder
+    loras: Loras[Any]
     tables: Any  # an `LCMScheduler`
     scaling: float = 1.0  # latents = scaling · (encoder output - shift)
     shift: float = 0.0
@@ -267,7 +274,11 @@ class LatentStylizer:
 
     def prepare(self, params: Params) -> None:
         """Read the prompts, and let the parts work ahead; then the frame path finds all of it done. Any thread."""
-        self._read(params.style)
+        style = params.style
+        if self.networks.timesteps:
+            entered(self.networks.timesteps, style.steps, style.strength)
+        self.networks.loras.tensors(lora_set(style.lora))
+        self._read(style)
         for part in self.networks.parts:
             part.ready(params)
 
@@ -339,6 +350,8 @@ class LatentStylizer:
     def _read(self, style: Style) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Words and negative words, and the pooled ones of both; known prompts cost nothing."""
         text = self.networks.text
+        if style.lora:
+            text = self.networks.loras.reader(lora_set(style.lora))
         if isinstance(text, DoubleTextEncoder):
             wanted, unwanted = text.read(style.prompt), text.read_negative(style.negative)
             return wanted.words, unwanted.words, (wanted.pooled,), (unwanted.pooled,)

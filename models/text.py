@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from models.prompt import Piece, parse
+from models.inversion import expanded
+from models.prompt import Part, Piece, parse
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,14 +22,76 @@ KEPT = 128  # embeddings remembered; a live prompt slider stays under it
 DISTINCT = 8  # weights of one prompt that words behind follow, each a row for the text model; above, none do
 PARALLEL = 0.9995  # cosine from which a straight line replaces the arc, as AnimateDiff's prompt travel has it
 
+T = TypeVar("T")
+
+
+class Remembered(Generic[T]):
+    """What has been worked out lately, by what it was made of; at most `KEPT`, the least recently used go first.
+
+    Thread-safe. One thing is made at a time, and what is known is found meanwhile: a frame whose prompt has been read
+    never waits for another prompt.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, T] = OrderedDict()
+        self._lock = threading.Lock()  # held for moments
+        self.making = threading.RLock()  # held while a text model runs; making one thing may take others
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is known under the key, else what is made now."""
+        if (found := self.known(key)) is not None:
+            return found
+        with self.making:
+            if (found := self.known(key)) is not None:  # made by another thread in the meantime
+                return found
+            made = make()
+            with self._lock:
+                self._known[key] = made
+                while len(self._known) > KEPT:
+                    self._known.popitem(last=False)
+        return made
+
+    def known(self, key: Hashable) -> T | None:
+        """The same, None where it would have to be made."""
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+            return self._known.get(key)
+
 
 class TextEncoder:
-    """A CLIP tokenizer and text model; `embed` gives the last hidden state, as Stable Diffusion takes it."""
+    """A CLIP tokenizer and text model; `embed` gives the last hidden state, as Stable Diffusion takes it. Thread-safe.
+
+    `words` are those that both have been taught (`inversion.teach`), with the tokens that each becomes.
+    """
 
     def __init__(self, tokenizer: Any, model: nn.Module) -> None:
+        self.words: Mapping[str, list[str]] = {}
         self._tokenizer = tokenizer
         self._model = model
-        self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._known: Remembered[Tensor] = Remembered()
+
+    @property
+    def pairs(self) -> tuple[tuple[Any, nn.Module], ...]:
+        """Tokenizers and text models."""
+        return ((self._tokenizer, self._model),)
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """Its text models by their names in a pipeline."""
+        return {"text_encoder": self._model}
+
+    def with_models(self, models: Mapping[str, nn.Module]) -> TextEncoder:
+        """The same with other text models, such as copies that wear LoRAs; what it has read is its own."""
+        model = models["text_encoder"]
+        if model is self._model:
+            return self
+        found = TextEncoder(self._tokenizer, model)
+        found.words, found._known.making = self.words, self._known.making  # one thread at a time for tokenizers
+        return found
 
     def embed(self, prompt: str) -> Tensor:
         """(1, L, D) of a prompt in the syntax of `models.prompt`; words past the model's length are cut off.
@@ -36,14 +100,15 @@ class TextEncoder:
         """
 
         def blend() -> Tensor:
-            parts = parse(prompt).parts
+            parts = parts_of(prompt, self.words)
             return blended([self._read(part.pieces) for part in parts], [part.share for part in parts])
 
-        return self._once(prompt, blend)
+        return self._known.once(prompt, blend)
 
     def is_cut(self, prompt: str) -> bool:
         """Whether the prompt, or a part of a blend, is longer than the model can read."""
-        return any(is_cut(self._tokenizer, part.pieces) for part in parse(prompt).parts)
+        with self._known.making:  # tokenizers are for one thread at a time
+            return any(is_cut(self._tokenizer, part.pieces) for part in parts_of(prompt, self.words))
 
     def _read(self, pieces: tuple[Piece, ...]) -> Tensor:
         """(1, L, D) of one part."""
@@ -61,17 +126,18 @@ class TextEncoder:
                     return states()
                 return weighted(states(), self._read((Piece(""),)), weights, states)
 
-        return self._once(pieces, run)
+        return self._known.once(pieces, run)
 
-    def _once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        found = self._known.get(key)
-        if found is None:
-            found = make()
-        self._known[key] = found
-        self._known.move_to_end(key)
-        while len(self._known) > KEPT:
-            self._known.popitem(last=False)
-        return found
+
+def parts_of(prompt: str, words: Mapping[str, list[str]]) -> tuple[Part, ...]:
+    """The parts of a prompt, in which each learned word stands as all of its tokens."""
+    parts = parse(prompt).parts
+    if not words:
+        return parts
+    return tuple(
+        replace(part, pieces=tuple(replace(piece, text=expanded(piece.text, words)) for piece in part.pieces))
+        for part in parts
+    )
 
 
 def tokenized(tokenizer: Any, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor | None]:

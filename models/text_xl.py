@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from models.prompt import Piece, parse
-from models.text import KEPT, blended, is_cut, tokenized, weighted
+from models.prompt import Piece
+from models.text import Remembered, blended, is_cut, parts_of, tokenized, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Embedded(NamedTuple):
 
 
 class DoubleTextEncoder:
-    """Two CLIP tokenizers and text models, the second one with a projection.
+    """Two CLIP tokenizers and text models, the second one with a projection. Thread-safe.
 
     Words are the states before each model's last layer, side by side, and the pooled vector is the second model's
     (Podell et al. 2023, arXiv 2307.01952). `zeros` says that no negative prompt means zeros, as SDXL was trained with
@@ -33,23 +33,37 @@ class DoubleTextEncoder:
     """
 
     def __init__(self, pairs: tuple[tuple[Any, nn.Module], tuple[Any, nn.Module]], *, zeros: bool = True) -> None:
-        self._pairs = pairs  # (tokenizer, model) each
+        self.words: Mapping[str, list[str]] = {}  # that all have been taught (`inversion.teach`)
+        self.pairs = pairs  # (tokenizer, model) each
         self._zeros = zeros
-        self._known: OrderedDict[str, Embedded] = OrderedDict()
+        self._known: Remembered[Embedded] = Remembered()
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """Its text models by their names in a pipeline."""
+        (_, first), (_, second) = self.pairs
+        return {"text_encoder": first, "text_encoder_2": second}
+
+    def with_models(self, models: Mapping[str, nn.Module]) -> DoubleTextEncoder:
+        """The same with other text models, such as copies that wear LoRAs; what it has read is its own."""
+        (tokens, first), (tokens_2, second) = self.pairs
+        if models["text_encoder"] is first and models["text_encoder_2"] is second:
+            return self
+        pairs = (tokens, models["text_encoder"]), (tokens_2, models["text_encoder_2"])
+        found = DoubleTextEncoder(pairs, zeros=self._zeros)
+        found.words, found._known.making = self.words, self._known.making
+        return found
 
     def read(self, prompt: str) -> Embedded:
         """A prompt in the syntax of `models.prompt`; words past the models' length are cut off."""
-        found = self._known.get(prompt)
-        if found is None:
-            parts = parse(prompt).parts
+
+        def blend() -> Embedded:
+            parts = parts_of(prompt, self.words)
             shares = [part.share for part in parts]
             words, pooled = zip(*(self._read(part.pieces) for part in parts), strict=True)
-            found = Embedded(blended(words, shares), blended(pooled, shares))
-        self._known[prompt] = found
-        self._known.move_to_end(prompt)
-        while len(self._known) > KEPT:
-            self._known.popitem(last=False)
-        return found
+            return Embedded(blended(words, shares), blended(pooled, shares))
+
+        return self._known.once(prompt, blend)
 
     def read_negative(self, prompt: str) -> Embedded:
         """A prompt to lead away from; the empty one may mean zeros."""
@@ -60,12 +74,14 @@ class DoubleTextEncoder:
 
     def is_cut(self, prompt: str) -> bool:
         """Whether the prompt, or a part of a blend, is longer than one of the models can read."""
-        return any(is_cut(tokens, part.pieces) for part in parse(prompt).parts for tokens, _ in self._pairs)
+        with self._known.making:  # tokenizers are for one thread at a time
+            parts = parts_of(prompt, self.words)
+            return any(is_cut(tokens, part.pieces) for part in parts for tokens, _ in self.pairs)
 
     def _read(self, pieces: tuple[Piece, ...]) -> Embedded:
         """One part of a prompt. Weights tell on the words; the pooled vector is that of the text without them."""
         words, pooled = [], []
-        for tokens, model in self._pairs:
+        for tokens, model in self.pairs:
             ids, weights = tokenized(tokens, pieces)
             with torch.inference_mode():
                 found = model(ids, output_hidden_states=True)

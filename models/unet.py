@@ -47,8 +47,9 @@ class Feature(Protocol):
 class Denoise(nn.Module):
     """The UNet: tensors in the order of `names` → output like z, then the features' outputs in their order.
 
-    z (n, C, h, w), or n blocks of frames in a window, t (n,) and words (n, L, D) come first; then, where the UNet's configuration has them, guidance
-    embedding (n, E), pooled words (n, P) and time ids (n, 6); then the inputs of each feature.
+    z (n, C, h, w), or n blocks of frames in a window, t (n,) and words (n, L, D) come first; then, where the UNet's
+    configuration has them, guidance embedding (n, E), pooled words (n, P) and time ids (n, 6); then the inputs of each
+    feature.
     """
 
     def __init__(self, unet: Any, names: Sequence[str], features: Sequence[Feature] = ()) -> None:

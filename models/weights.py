@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from accel.errors import UserError
+from models.addons import ADDONS
+from models.files import missing, weight_files
 from models.hub import asked, brought, fault, told
+from models.rows import LIST, Row
 from models.spec import MODELS, ModelSpec
-
-LIST = "fetched.json"  # what a fetched folder was made of
 
 Report = Callable[[str, int, int], None]  # (file, bytes so far, bytes in all)
 
@@ -48,13 +49,16 @@ def found(model: str) -> Path:
 def sound(folder: Path, name: str = "") -> Path:
     """The folder, when no file in it was cut short; UserError names the one that was. Milliseconds: only headers."""
     hint = f"fetch it again: `livestyle fetch {name}`" if name else "fetch it again, or copy it from where it is whole"
-    for file in sorted(folder.glob("*/*.safetensors")):
+    is_model = (folder / "model_index.json").is_file()
+    for file in sorted(folder.glob("*/*.safetensors" if is_model else "**/*.safetensors")):
         if problem := fault(file):
             raise UserError(f"{folder.name}/{file.relative_to(folder)}: {problem}", hint=hint)
     listed = folder / LIST
     for target in json.loads(listed.read_text())["files"] if listed.is_file() else ():
         if not (folder / target).is_file():
             raise UserError(f"{folder.name}/{target} is gone", hint=hint)
+    if is_model and (problem := missing(folder)):
+        raise UserError(f"{folder.name}: {problem}", hint=hint)
     return folder
 
 
@@ -65,14 +69,14 @@ def fetch(
     endpoint: str | None = None,
     report: Report = lambda file, done, total: None,
 ) -> Path:
-    """Bring a model's files from the hub, check them, and make its folder of them.
+    """Bring a row's files from the hub, a model's or an add-on's, check them, and make its folder of them.
 
     `base` is a Stable Diffusion 1.5 checkpoint of the user's own, folder or single file, in place of the published
     one. `endpoint` is the hub's address, where it is not the usual one.
     """
-    spec = MODELS.get(name)
+    spec: Row | None = MODELS.get(name) or ADDONS.get(name)
     if spec is None or not spec.sources:
-        known = ", ".join(row.name for row in MODELS.values() if row.sources)
+        known = ", ".join(row.name for row in (*MODELS.values(), *ADDONS.values()) if row.sources)
         what = "comes with livestyle" if spec else "is no model that can be fetched"
         raise UserError(f"{name} {what}", hint=f"one of: {known}")
     own = own_parts(spec, base) if base else {}
@@ -114,7 +118,7 @@ def fetch_shown(name: str, base: Path | None = None) -> Path:
         )
 
 
-def own_parts(spec: ModelSpec, base: Path) -> dict[str, Path]:
+def own_parts(spec: Row, base: Path) -> dict[str, Path]:
     """The parts of a row that a checkpoint of the user's gives; UserError where it cannot."""
     parts = [source.part for source in spec.sources if source.own]
     if not parts:
@@ -132,16 +136,14 @@ def own_parts(spec: ModelSpec, base: Path) -> dict[str, Path]:
 
 
 def chosen(folder: Path) -> dict[str, Path]:
-    """What of a part is needed, by the name it is to have: full floats before fp16, safetensors before .bin."""
-    files = {file.name: file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".safetensors", ".bin")}
-    if any(name.endswith(".safetensors") for name in files):
-        files = {name: file for name, file in files.items() if file.suffix != ".bin"}
-    plain = {name.replace(".fp16.", "."): file for name, file in files.items() if ".fp16." in name}
-    return plain | {name: file for name, file in files.items() if ".fp16." not in name and ".non_ema." not in name}
+    """What of a part is needed, by the name it is to have; half-width weights go under the plain name."""
+    found = [file for file in folder.iterdir() if file.suffix in (".json", ".txt")] + weight_files(folder)
+    shards = any("-of-" in file.name for file in found)  # which are named in a list
+    return {file.name if shards else file.name.replace(".fp16.", "."): file for file in found}
 
 
-def assembled(spec: ModelSpec, files: dict[str, Path], made: dict[str, Any]) -> Path:
-    """Make a model's folder of files elsewhere: beside its place, then renamed into it whole.
+def assembled(spec: Row, files: dict[str, Path], made: dict[str, Any]) -> Path:
+    """Make a row's folder of files elsewhere: beside its place, then renamed into it whole.
 
     Weights are hard links where the disk allows it (nothing twice, and clearing the hub's cache does no harm), else
     symbolic links, else copies; small files are copies, since some are changed.
@@ -152,19 +154,9 @@ def assembled(spec: ModelSpec, files: dict[str, Path], made: dict[str, Any]) -> 
     try:
         for target, file in files.items():
             place(file.resolve(), beside / target)
-        config = beside / "scheduler" / "scheduler_config.json"
-        settings = json.loads(config.read_text())
-        config.write_text(json.dumps(settings | dict(spec.recipe.scheduler), indent=1))
-        index: dict[str, Any] = {"_class_name": spec.pipeline, "_diffusers_version": version("diffusers")}
-        index |= {source.part: list(source.kind) for source in spec.sources if source.kind}
-        index["scheduler"] = ["diffusers", settings["_class_name"]]
-        if spec.pipeline == "StableDiffusionPipeline":
-            index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-        if loras := sorted((beside / "lora").glob("*.safetensors")):
-            text = json.dumps({"file": loras[0].name, "scale": spec.recipe.lora_scale})
-            (beside / "lora" / "lora.json").write_text(text)
+        if isinstance(spec, ModelSpec):
+            describe(spec, beside)
         (beside / LIST).write_text(json.dumps({"model": spec.name, **made}, indent=1))
-        (beside / "model_index.json").write_text(json.dumps(index, indent=1))
         sound(beside, spec.name)
         shutil.rmtree(folder, ignore_errors=True)
         return beside.rename(folder)
@@ -172,9 +164,27 @@ def assembled(spec: ModelSpec, files: dict[str, Path], made: dict[str, Any]) -> 
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def describe(spec: ModelSpec, folder: Path) -> None:
+    """Write what makes a folder one of diffusers' format: its scheduler, its index and the scale of its LoRA."""
+    config = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(config.read_text()) | dict(spec.recipe.scheduler)
+    config.write_text(json.dumps(settings, indent=1))
+    index: dict[str, Any] = {"_class_name": spec.pipeline, "_diffusers_version": version("diffusers")}
+    index |= {source.part: list(source.kind) for source in spec.sources if source.kind}
+    index["scheduler"] = ["diffusers", settings["_class_name"]]
+    if spec.pipeline == "StableDiffusionPipeline":
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    if loras := sorted((folder / "lora").glob("*.safetensors")):
+        text = json.dumps({"file": loras[0].name, "scale": spec.recipe.lora_scale})
+        (folder / "lora" / "lora.json").write_text(text)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
+
+
 def place(file: Path, target: Path) -> None:
     """Put a file there: by a link, if it is large."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".bin" and target.suffix == ".safetensors":
+        return unpickled(file, target)
     if file.suffix == ".safetensors":
         for link in (os.link, os.symlink):
             try:
@@ -182,3 +192,19 @@ def place(file: Path, target: Path) -> None:
             except OSError:
                 continue  # another disk, or a system without links
     shutil.copyfile(file, target)
+
+
+def unpickled(file: Path, target: Path) -> None:
+    """Write pickled weights anew as safetensors. Nothing but tensors is read, so nothing in them can run."""
+    from pickle import UnpicklingError
+
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, target, metadata={"format": "pt"})
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{file.name} holds no plain tensors, or not all of them", hint="fetch it again, or tell its makers"
+        ) from error

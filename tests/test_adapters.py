@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import random
-import threading
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from accel.engine import EngineSpec, TensorSpec
 from accel.errors import UserError
-from accel.openvino_backend import OpenVINOBackend
-from models.adapters import Adapted, Swap, apply_lora, merge_lora
+from models.adapters import merge_lora
+from models.folder import Folder
 from models.inversion import add_embedding, expanded, read_embedding
 from models.lora import Update, fitted, read_lora, sgm_names
-from models.folder import Folder
 from models.networks import graphs
 from models.text import TextEncoder
-from tests.fakes import PATIENCE
 from tests.folders import random_folder, tokenizer
 
 RANK = 4
@@ -166,7 +161,7 @@ def test_locon_with_a_middle_equals_its_three_convolutions() -> None:
     assert (conv(x, layer.weight, padding=1) - wanted).abs().max() <= 1e-3
 
 
-def test_text_encoder_lora_equals_a_second_path_and_is_optional() -> None:
+def test_text_encoder_lora_equals_a_second_path() -> None:
     ids = torch.tensor([[56, 3, 9, 57]])
     layers = ["encoder.layers.1.self_attn.q_proj", "encoder.layers.0.mlp.fc1"]
     image, model, beside = unet(), text_model(), text_model()
@@ -183,11 +178,9 @@ def test_text_encoder_lora_equals_a_second_path_and_is_optional() -> None:
         for i, path in enumerate(layers):
             for part, tensor in zip(parts, factors(model.get_submodule(path), i), strict=True):
                 lora[f"{prefix}{path.replace('.', joint)}{part}.weight"] = tensor
-        assert apply_lora(unet(), model, lora, 0.5) == 4
+        assert merge_lora(model, lora, 0.5, "text_encoder") == merge_lora(unet(), lora, 0.5) == 2
         assert (model(ids)[0] - wanted).abs().max() <= 1e-5
-        assert apply_lora(unet(), None, lora, 0.5) == 2
-        with pytest.raises(UserError, match="changes nothing here"):
-            apply_lora(unet(), None, {k: t for k, t in lora.items() if "unet" not in k})
+        assert merge_lora(text_model(), image_lora, 0.5, "text_encoder") == 0
 
 
 def test_kohya_names_are_read_as_diffusers_reads_them() -> None:
@@ -258,28 +251,12 @@ def test_scale_zero_changes_no_bit_and_the_same_scale_off_again_restores() -> No
     assert changed(net, before) <= 1e-6
 
 
-def test_two_loras_add_up_in_either_order_and_leave_no_trace() -> None:
-    net, merged = unet(), unet()
-    before = {k: t.clone() for k, t in net.state_dict().items()}
-    ink, oil = lora_of(net, LAYERS[:8], "kohya", seed=1), lora_of(net, LAYERS[4:], "peft", seed=2)
-    merge_lora(merged, ink, 0.8)
-    merge_lora(merged, oil, -0.3)
-    adapted = Adapted(net)
-    assert (adapted.learn("ink", ink), adapted.learn("oil", oil)) == (8, len(LAYERS) - 4)
-    pointers = [p.data_ptr() for p in net.parameters()]
-    for worn in [(("ink", 0.8), ("oil", -0.3)), (("oil", -0.3), ("ink", 0.8))]:
-        adapted.wear(adapted.weights(worn))
-        assert changed(net, merged.state_dict()) <= 1e-6
-    adapted.wear(adapted.weights((("oil", 1.0),)))  # layers of the first alone are their own again
-    assert torch.equal(net.get_submodule(LAYERS[0]).weight, before[f"{LAYERS[0]}.weight"])
-    for worn in [(), (("ink", 0.0), ("oil", 0.0))]:
-        adapted.wear(adapted.weights((("ink", 2.0),)))
-        adapted.wear(adapted.weights(worn))
-        assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
-    assert pointers == [p.data_ptr() for p in net.parameters()]  # compiled and captured networks go on
-    with pytest.raises(UserError, match="no such LoRA: water") as caught:
-        adapted.weights((("water", 1.0),))
-    assert caught.value.hint == "known: ink, oil"
+def test_two_loras_add_up_in_either_order() -> None:
+    one, other = unet(), unet()
+    loras = [(lora_of(one, LAYERS[:8], "kohya", seed=1), 0.8), (lora_of(one, LAYERS[4:], "peft", seed=2), -0.3)]
+    for net, order in ((one, loras), (other, loras[::-1])):
+        assert [merge_lora(net, lora, scale) for lora, scale in order] == [len(lora) // 2 for lora, _ in order]
+    assert changed(one, other.state_dict()) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -291,87 +268,10 @@ def test_weights_of_the_torch_engine_are_rounded_once_and_stay_as_they_lie(dtype
     layer: Any = net.get_submodule(path)
     layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
     stride, base, (down, up) = layer.weight.stride(), layer.weight.double(), factors(layer)
-    adapted = Adapted(net)
-    adapted.learn("a", lora)
-    adapted.wear(adapted.weights((("a", 0.25), ("a", 0.5))))
+    merge_lora(net, lora, 0.75)
     wanted = base + 0.75 * torch.einsum("or,rikl->oikl", up[..., 0, 0].double(), down.double())
     assert (layer.weight.dtype, layer.weight.stride()) == (dtype, stride)
     assert ((layer.weight - wanted).abs() <= torch.finfo(dtype).eps * wanted.abs() * 0.51 + 1e-6).all()
-
-
-def test_fingerprint_tells_content_and_scale_apart() -> None:
-    net = unet()
-    adapted = Adapted(net)
-    for name, seed in (("a", 1), ("b", 2), ("a's copy", 1)):
-        adapted.learn(name, lora_of(net, LAYERS, "kohya", seed=seed))
-    prints = [adapted.fingerprint(worn) for worn in [(), (("a", 0.5),), (("a", 0.6),), (("b", 0.5),)]]
-    assert len(set(prints)) == 4
-    assert prints[0] == "" == adapted.fingerprint((("a", 0.0),))
-    assert adapted.fingerprint((("a's copy", 0.5),)) == prints[1]
-    assert adapted.fingerprint((("a", 1), ("b", 2))) == adapted.fingerprint((("b", 2), ("a", 1)))
-
-
-def test_newest_request_wins_and_nobody_waits_for_it() -> None:
-    swap: Swap[str] = Swap()
-    begun, go = threading.Event(), threading.Event()
-
-    def slow() -> str:
-        begun.set()
-        assert go.wait(PATIENCE)
-        return "first"
-
-    assert swap.take() is None
-    swap.ask(slow)
-    assert begun.wait(PATIENCE)
-    swap.ask(lambda: pytest.fail("overtaken"))
-    swap.ask(lambda: "newest")
-    assert swap.take() is None  # at once, the first is still being made
-    go.set()
-    assert taken(swap) == "newest"
-    assert swap.take() is None
-    swap.ask(partial(Adapted(unet()).weights, (("water", 1.0),)))
-    with pytest.raises(UserError, match="no such LoRA"):
-        taken(swap)
-    assert swap.take() is None
-    swap.close()
-
-
-def taken(swap: Swap[Any]) -> Any:
-    asked = swap._asked
-    assert asked is not None
-    asked.exception(PATIENCE)
-    return swap.take()
-
-
-def test_an_engine_with_baked_weights_is_replaced_by_a_second_one(tmp_path: Path) -> None:
-    """OpenVINO: the first goes on as it was until the second is compiled; then frames are the LoRA's."""
-
-    def network() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 4, 1)).eval()
-
-    def spec(fingerprint: str) -> EngineSpec:
-        inputs, outputs = (TensorSpec("z", tuple(Z.shape)),), (TensorSpec("output", tuple(Z.shape)),)
-        return EngineSpec("unet", inputs, outputs, f"plain{fingerprint}", precision="fp32")
-
-    lora, worn, backend = lora_of(network(), ["0", "2"], "peft"), (("ink", 1.0),), OpenVINOBackend()
-    engine = backend.load(network, spec(""), tmp_path)
-    plain = engine(Z)[0].clone()
-
-    def second() -> Any:
-        adapted = Adapted(network())
-        adapted.learn("ink", lora)
-        adapted.wear(adapted.weights(worn))
-        return backend.load(lambda: adapted.network, spec(adapted.fingerprint(worn)), tmp_path)
-
-    swap: Swap[Any] = Swap()
-    swap.ask(second)
-    assert torch.equal(engine(Z)[0], plain)
-    engine, merged = taken(swap), network()
-    swap.close()
-    merge_lora(merged, lora)
-    assert (engine(Z)[0] - merged(Z)).abs().max() <= 1e-4
-    assert (engine(Z)[0] - plain).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(("rslora", "factor"), [(False, 8 / RANK), (True, 8 / RANK**0.5)])
@@ -445,7 +345,6 @@ MOTION = "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks
         ({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": torch.ones(4, 4)}, "a LoHa, not a LoRA"),
         ({f"{Q}.dora_scale": torch.ones(4, 4)}, "a DoRA, not a LoRA"),
         ({"conv_in.weight": torch.ones(4, 4)}, "not a LoRA that can be merged: conv_in.weight"),
-        ({}, "changes nothing here"),
     ],
 )
 def test_loras_that_do_not_fit_are_refused_in_two_lines_and_change_nothing(
@@ -453,9 +352,9 @@ def test_loras_that_do_not_fit_are_refused_in_two_lines_and_change_nothing(
 ) -> None:
     net = unet(768)
     before = {k: t.clone() for k, t in net.state_dict().items()}
-    good = lora_of(net, LAYERS, "kohya") if lora else {}
+    good = lora_of(net, LAYERS, "kohya")
     with pytest.raises(UserError, match=message) as caught:
-        apply_lora(net, None, good | lora)
+        merge_lora(net, good | lora)
     assert "\n" not in caught.value.message + caught.value.hint
     assert caught.value.hint
     assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
