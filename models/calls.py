@@ -78,6 +78,7 @@ def called(rows: Rows) -> Call:
         steps=rows.steps,
         of=rows.of,
         frames=frames,
+        pooled=rows.prompt[1] if len(rows.prompt) > 1 else None,
         live=rows.live,
         wanted=all(kind is Pass.WANTED for kind in rows.kinds),
         masked=tuple(kind is Pass.MASKED for kind in rows.kinds),

@@ -1,19 +1,24 @@
 """Control pictures: what a ControlNet is shown, drawn from the source picture, (H, W, 3) uint8 RGB → the same.
 
-OpenCV alone. "lineart" and "softedge" are drawn by classical filters, not by the annotator networks that those
-ControlNets were trained with: alike in kind, white on black, but with more texture and less sense of what matters.
+OpenCV alone, but for depth, which takes a network (`models.depth`). "lineart" and "softedge" are drawn by classical
+filters, not by the annotator networks that those ControlNets were trained with: alike in kind, white on black, but with
+more texture and less sense of what matters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from accel.errors import UserError
+
+if TYPE_CHECKING:
+    from models.depth import Depths
 
 Picture = NDArray[np.uint8]
 
@@ -59,11 +64,8 @@ def tile(picture: Picture, blur: float = 0.0) -> Picture:
 
 
 def depth(picture: Picture) -> Picture:
-    """Not built in: distances need a network."""
-    raise UserError(
-        "depth control needs a depth estimator, which is not built in",
-        hint="fetch one (Depth Anything V2 small) and give depth pictures, or use softedge, which needs none",
-    )
+    """Distances, the nearest white; UserError where no depth estimator has been fetched."""
+    return _depths()(picture)
 
 
 def openpose(picture: Picture) -> Picture:
@@ -72,6 +74,21 @@ def openpose(picture: Picture) -> Picture:
         "openpose control needs a pose estimator, which is not built in",
         hint="install one (controlnet_aux, or MediaPipe) and give pose pictures, or use lineart, which needs none",
     )
+
+
+@cache
+def _depths() -> Depths:
+    from models.depth import Depths
+
+    return Depths()
+
+
+def ready(name: str, size: tuple[int, int]) -> None:
+    """Load what a control picture of (width, height) needs, ahead and in any thread; UserError where it is not here."""
+    if name == "depth":
+        _depths().ready(size)
+    elif name == "openpose":
+        openpose(np.zeros((1, 1, 3), np.uint8))
 
 
 CONTROLS: dict[str, Callable[..., Picture]] = {f.__name__: f for f in (canny, lineart, softedge, tile, depth, openpose)}

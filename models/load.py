@@ -78,6 +78,10 @@ def load(
         progress(name, done)
         engines[name] = backend.load(graph.build, graph.spec, cache)
         done += EFFORT[name]
+    for part in parts:
+        for name, graph in part.graphs.items():
+            progress(graph.spec.name, done)
+            part.engines[name] = backend.load(graph.build, graph.spec, cache)
     vae = folder.config("vae")
     networks = Networks(
         encode=engines["encode"],

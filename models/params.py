@@ -41,7 +41,11 @@ class Style(_Section):
         float, Field(ge=0, le=10, description="how much what stands out counts (guidance_mode four-way)")
     ] = 0.0
     control: Annotated[
-        str, Field(max_length=1000, description="ControlNets: canny:0.8, tile:0.5@0-0.6, depth=FOLDER:1; empty = none")
+        str,
+        Field(
+            max_length=1000,
+            description="ControlNets: kind[=folder][:weight][@start-end][!mode], …, as canny:0.8, tile@0-0.6",
+        ),
     ] = ""
     lora: Annotated[str, Field(max_length=2000, description="LoRAs: ink.safetensors:0.8, other.safetensors")] = ""
     lora_rank: Annotated[

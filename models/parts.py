@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from accel.engine import Engine
     from models.adapters import Loras
+    from models.networks import Graph
     from models.slots import Slots
 
 
@@ -31,6 +33,8 @@ class Part:
     companion: Callable[[int], Companion]  # rows of memory → a stream's own
     guide: Callable[[NDArray[np.uint8], Params], Mapping[str, Any]]  # of each frame, for `Seen.guides`
     ready: Callable[[Params], None] = lambda params: None  # works ahead, in any thread; UserError for what cannot be
+    graphs: Mapping[str, Graph] = field(default_factory=dict)  # networks of its own
+    engines: dict[str, Engine] = field(default_factory=dict)  # they, compiled: `load` puts them here
 
 
 def parts_of(
@@ -48,6 +52,8 @@ def parts_of(
         parts.append(_masked(structure))
     if structure.picture:
         parts.append(_picture(folder, structure))
+    if structure.controls:
+        parts.append(_controls(folder, structure, latent))
     return parts
 
 
@@ -142,4 +148,26 @@ def _lora(slots: Slots, loras: Loras[Any]) -> Part:
         slots,
         companion=lambda memory: WornSlots(slots),
         guide=lambda image, params: {NAME: loras.tensors(found(params.style.lora))},
+    )
+
+
+def _controls(folder: Folder, structure: Structure, latent: tuple[int, int, int, int]) -> Part:
+    from models.controlnet import control_folder, control_graph
+    from models.residuals import Controls, Residuals, guides, prepare
+    from models.text_xl import size_ids
+    from models.units import units_of
+
+    size, rows = (8 * latent[3], 8 * latent[2]), structure.rows
+    found = {name: control_folder(name, folder) for name in structure.controls}
+    hints = max(control.hints for control in found.values())
+    residuals = Residuals(folder.config("unet"), (latent[2], latent[3]), rows, hints)
+    engines: dict[str, Engine] = {}
+    ids = size_ids(size) if folder.pooled_width() else None
+    return Part(
+        residuals,
+        companion=lambda memory: Controls(engines, residuals, ids),
+        guide=lambda image, params: guides(units_of(params.style.control), image),
+        ready=lambda params: prepare(params.style.control, size),
+        graphs={name: control_graph(control, folder, latent, rows) for name, control in found.items()},
+        engines=engines,
     )

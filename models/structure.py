@@ -19,7 +19,7 @@ class Structure:
     bank: int = 0  # frames whose features the present one may look at
     fused: bool = False  # those that are alike can be taken over
     masked: bool = False  # self-attention can be masked, for Style-A-Video's guidance
-    controls: tuple[str, ...] = ()  # ControlNets by kind, or kind=folder, in the order of the setting
+    controls: tuple[str, ...] = ()  # ControlNets by kind, or kind=folder: each once, alphabetical
     picture: bool = False  # takes a style picture
     picture_adapter: str = ""  # where from, "" = the model's own
     lora_rank: int = 0  # room for LoRAs in the graph

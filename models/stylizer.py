@@ -24,6 +24,7 @@ from models.schedule import Sampler, Schedule, consistency_schedule, entered
 from models.text import TextEncoder, Transition, unknown_words
 from models.text_xl import DoubleTextEncoder
 from models.unet import Seen
+from models.units import advice
 from models.worn import lora_set
 
 if TYPE_CHECKING:
@@ -301,6 +302,8 @@ class LatentStylizer:
         if self.networks.text.is_cut(prompt):
             return "the prompt is longer than this model reads; its end is ignored"
         if note := parse(prompt).note:
+            return note
+        if note := advice(params.style.control, params.style.steps):
             return note
         if params.temporal.feedback and self.networks.concatenates and params.style.strength >= 1:
             return "temporal.feedback does nothing at strength 1: frames start from noise alone"

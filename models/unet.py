@@ -96,6 +96,7 @@ class Call:
     frames: tuple[Seen, ...]  # whose frame each is
     wanted: bool = True  # whether this is the pass for the wanted prompt
     live: tuple[bool, ...] = ()  # which rows are asked for, () = all; others must leave memory alone
+    pooled: Tensor | None = None  # (n, P) words, where the UNet takes them
     masked: tuple[bool, ...] = ()  # which rows keep in self-attention only what stands out; () = none
 
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
+from accel.engine import Backend
 from accel.errors import UserError
-from models.control import CONTROLS, Picture, canny, control_picture, tile
+from accel.openvino_backend import OpenVINOBackend
+from accel.torch_backend import TorchBackend
+from models.control import CONTROLS, Picture, canny, control_picture, ready, tile
+from models.depth import Depths, depth_graph, inner_size
 
 SIZE = (512, 288)  # width, height
 DRAWN = ["canny", "lineart", "softedge"]
@@ -74,11 +86,117 @@ def test_any_size_and_a_flat_picture_will_do(name: str, size: tuple[int, int]) -
     assert not control_picture(name, np.full((*size, 3), 200, np.uint8)).any()
 
 
-@pytest.mark.parametrize("name", ["depth", "openpose"])
-def test_controls_that_need_a_network_say_what_to_fetch(name: str) -> None:
-    with pytest.raises(UserError, match="not built in") as caught:
-        control_picture(name, scene())
-    assert "which needs none" in caught.value.hint
+def test_controls_that_need_a_network_say_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIVESTYLE_MODELS", str(tmp_path))
+    for ask in (lambda: control_picture("openpose", scene()), lambda: ready("openpose", SIZE)):
+        with pytest.raises(UserError, match="not built in") as caught:
+            ask()
+        assert "which needs none" in caught.value.hint
+    for ask in (lambda: control_picture("depth", scene()), lambda: ready("depth", SIZE)):
+        with pytest.raises(UserError, match="not here yet") as caught:
+            ask()
+        assert "livestyle fetch" in caught.value.hint
+    ready("canny", SIZE)
+
+
+def estimator(folder: Path, **settings: Any) -> Path:
+    """A small random depth estimator of Depth Anything's class."""
+    torch.manual_seed(3)
+    backbone = Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=70, patch_size=14,
+        out_features=["stage1", "stage2", "stage3", "stage4"], reshape_hidden_states=False,
+    )  # fmt: skip
+    config = DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16,
+        head_hidden_size=8, **settings,
+    )  # fmt: skip
+    network = DepthAnythingForDepthEstimation(config)
+    for weight in network.head.parameters():
+        torch.nn.init.uniform_(weight, 0, 0.5)  # or the last ReLU would make everything 0
+    network.save_pretrained(folder)
+    return folder
+
+
+def drawn(backend: Backend, folder: Path, picture: Picture) -> Picture:
+    graph = depth_graph(folder, (picture.shape[1], picture.shape[0]))
+    spec = replace(graph.spec, precision="fp32")  # random distances are so alike that bf16 hardly tells them apart
+    (found,) = backend.load(graph.build, spec)(torch.from_numpy(picture)[None])
+    return np.asarray(found[0].numpy(), np.uint8)
+
+
+def test_depth_is_transformers_own_over_the_whole_range(tmp_path: Path) -> None:
+    folder = estimator(tmp_path / "depth")
+    picture = noisy(scene(), 4)[:80, :112]
+    found = drawn(TorchBackend(), folder, picture)
+    rows, columns = inner_size((80, 112), 14)
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    x = torch.nn.functional.interpolate(x, (rows, columns), mode="bilinear")
+    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.inference_mode():
+        near = DepthAnythingForDepthEstimation.from_pretrained(folder)(x).predicted_depth
+    near = torch.nn.functional.interpolate(near[None], (80, 112), mode="bilinear")[0, 0].numpy()
+    expected = 255 * (near - near.min()) / (near.max() - near.min())
+    assert np.abs(found[..., 0] - expected).max() <= 0.51
+    assert (found.min(), found.max()) == (0, 255)
+    assert (found == found[..., :1]).all()
+
+
+def test_metres_are_turned_round(tmp_path: Path) -> None:
+    near = drawn(TorchBackend(), estimator(tmp_path / "depth"), scene()[:80, :112])
+    far = drawn(
+        TorchBackend(), estimator(tmp_path / "m", depth_estimation_type="metric", max_depth=20), scene()[:80, :112]
+    )
+    assert np.corrcoef(near.ravel(), far.ravel())[0, 1] < -0.5
+
+
+def test_openvino_draws_the_same_depth(tmp_path: Path) -> None:
+    folder, picture = estimator(tmp_path / "depth"), noisy(scene(), 4)[:56, :84]
+    one, other = (drawn(backend, folder, picture) for backend in (TorchBackend(), OpenVINOBackend(threads=1)))
+    assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def test_a_fetched_estimator_is_used_from_any_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIVESTYLE_MODELS", str(tmp_path))
+    monkeypatch.setattr("accel.select.ORDER", ("torch",))
+    depths = Depths()
+    with pytest.raises(UserError, match="not here yet"):
+        depths.ready((112, 80))
+    folder = estimator(tmp_path / "depth-anything-small")
+    picture = noisy(scene(), 4)[:80, :112]
+    depths.ready((112, 80))
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(depths, [picture, picture[::-1], picture]))
+    assert (found[0] == drawn(TorchBackend(), folder, picture)).all()
+    assert (found[0] == found[2]).all()
+    assert (found[0] != found[1]).any()
+
+
+def test_broken_estimators_are_refused_with_a_hint(tmp_path: Path) -> None:
+    folder = estimator(tmp_path / "depth")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="half-downloaded") as caught:
+        depth_graph(folder, SIZE)
+    assert "livestyle fetch" in caught.value.hint
+    weights.write_bytes(whole)
+    tensors = load_file(weights)
+    del tensors["head.conv1.weight"]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"has no head\.conv1\.weight"):
+        depth_graph(folder, SIZE).build()
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(UserError, match="cannot be read"):
+        depth_graph(folder, SIZE).build()
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json"):
+        depth_graph(folder, SIZE)
+
+
+def test_depth_sees_whole_patches_of_about_its_training_size() -> None:
+    assert inner_size((512, 512), 14) == (518, 518)
+    assert inner_size((288, 512), 14) == (294, 518)
+    assert inner_size((1024, 1024), 14) == (518, 518)
 
 
 def test_wrong_names_and_settings_are_refused() -> None:

@@ -32,8 +32,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.motion import MotionUNet
 from models.folder import Folder
+from models.motion import MotionUNet
 from models.rolling import whole_clip
 from models.training.autoencoder import loss_of, tile_sets, to_tensor
 from models.training.unet import Parts, ask, paint, pigment, texture
