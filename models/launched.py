@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from accel.engine import Pending
+    from models.safety import Censor
 
 
 class Launched(Protocol):
@@ -42,10 +43,14 @@ class Stages:
 
 
 class Decoding:
-    """A `Launched` whose last network is still running. Its stream's next step must come after `wait`."""
+    """A `Launched` whose last network is still running. Its stream's next step must come after `wait`.
 
-    def __init__(self, pending: Pending, stages: Stages) -> None:
+    `censor` says what is shown for the picture, once it is there.
+    """
+
+    def __init__(self, pending: Pending, stages: Stages, censor: Censor | None = None) -> None:
         self.stages_ms = stages.ms
+        self._censor = censor
         self._pending = pending
         self._stages = stages
         self._pixels: NDArray[np.uint8] | None = None
@@ -59,6 +64,9 @@ class Decoding:
                 (picture,) = self._pending.wait()
             with self._stages("pixels"):  # out of the engine's memory, and off the device
                 self._pixels = picture[0].cpu().numpy().copy()
+            if self._censor:
+                with self._stages("safety"):
+                    self._pixels = self._censor.shown(self._pixels)
 
     def image(self) -> NDArray[np.uint8]:
         self.wait()

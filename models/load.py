@@ -11,6 +11,7 @@ from models.inversion import teach
 from models.networks import Graph, graphs, latent_shape
 from models.parts import parts_of, slots_of, window_of
 from models.structure import PLAIN, Structure
+from models.safety import SafetyChecker, safety_folder, safety_graph
 from models.stylizer import LatentStylizer, Networks
 from models.text_xl import size_ids
 from models.weights import found
@@ -82,6 +83,10 @@ def load(
         for name, graph in part.graphs.items():
             progress(graph.spec.name, done)
             part.engines[name] = backend.load(graph.build, graph.spec, cache)
+    checker = None
+    if structure.checked:
+        graph = safety_graph(safety_folder(folder))
+        checker = SafetyChecker(backend.load(graph.build, graph.spec, cache))
     vae = folder.config("vae")
     networks = Networks(
         encode=engines["encode"],
@@ -96,6 +101,7 @@ def load(
         style_words=frozenset(folder.style_words()),
         parts=tuple(parts),
         rows=structure.rows,
+        checker=checker,
         time_ids=size_ids(size) if folder.pooled_width() else None,
     )
     packages = ("torch", "diffusers", "transformers", "openvino", "av", "numpy")

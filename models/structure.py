@@ -25,6 +25,7 @@ class Structure:
     lora_rank: int = 0  # room for LoRAs in the graph
     lora_everywhere: bool = False  # that room is in every layer, not in attention blocks alone
     embeddings: tuple[str, ...] = ()  # files of textual inversions
+    checked: bool = False  # pictures go through the safety checker
 
     def covers(self, other: Structure) -> bool:
         """Whether engines of this structure can do what the other asks for: what is not used is switched off."""
@@ -33,6 +34,7 @@ class Structure:
             controls=self.controls if {*other.controls} <= {*self.controls} else other.controls,
             picture=self.picture or other.picture,
             masked=self.masked or other.masked,
+            checked=self.checked or other.checked,
             fused=self.fused or other.fused,
             lora_rank=max(self.lora_rank, other.lora_rank),
             lora_everywhere=self.lora_everywhere or other.lora_everywhere,
@@ -75,6 +77,7 @@ def structure_of(params: Params) -> Structure:
         picture_adapter=style.picture_adapter if style.picture else "",
         lora_rank=style.lora_rank,
         embeddings=listed(style.embeddings),
+        checked=style.safety != "off",
     )
     if style.lora:
         from models.worn import beyond_attention, lora_set, rank_of  # reads heads of files: with torch

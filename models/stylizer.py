@@ -20,6 +20,7 @@ from models.noise import drifted, fed_back
 from models.params import Params, Style
 from models.prompt import parse
 from models.reproject import scaled
+from models.safety import Censor, SafetyChecker
 from models.schedule import Sampler, Schedule, consistency_schedule, entered
 from models.text import TextEncoder, Transition, unknown_words
 from models.text_xl import DoubleTextEncoder
@@ -101,6 +102,7 @@ class State:
     prepared: Prepared
     calls: Calls  # of the UNet, with the memory of what widens it
     batch: StreamBatch | None = None
+    censor: Censor | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
     noises: tuple[Tensor, ...] = ()  # the start's and those between steps
     travel: Tensor | None = None  # latent pixels back to where the shot's noise lies, (1, 2, H/8, W/8)
@@ -127,6 +129,7 @@ class Networks:
     guidance_width: int = 0  # of the UNet's guidance embedding, 0 = it has none
     style_words: frozenset[str] = frozenset()  # what a small vocabulary knows; empty = anything goes
     parts: tuple[Part, ...] = ()  # what the UNet is widened by
+    checker: SafetyChecker | None = None
     rows: int = 1  # latents that it takes at once: more than 1 is a stream batch
     timesteps: tuple[int, ...] | None = None  # of the model's own, noisiest first
     sampler: Sampler = "lcm"
@@ -170,7 +173,8 @@ class LatentStylizer:
         self.prepare(params)
         net = self.networks
         batch = StreamBatch(net.rows) if net.rows > 1 else None
-        state = State(self._prepare(params.style, None), Calls(net.unet, net.parts, net.time_ids), batch=batch)
+        censor = Censor(net.checker) if net.checker else None
+        state = State(self._prepare(params.style, None), Calls(net.unet, net.parts, net.time_ids), batch, censor)
         self._draw(state, renew=True)
         return state
 
@@ -186,7 +190,9 @@ class LatentStylizer:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
             finished = self._advance(state, torch.from_numpy(image)[None], params, stages)
-            return Filling(stages) if finished is None else self._decode(finished, stages)
+            if state.censor:
+                state.censor.instead = params.style.safety
+            return Filling(stages) if finished is None else self._decode(finished, stages, state.censor)
 
     def drain(self, state: State) -> list[NDArray[np.uint8]]:
         """The pictures of the frames that are still in a stream batch, oldest first; it is empty then."""
@@ -194,8 +200,7 @@ class LatentStylizer:
             return []
         with torch.inference_mode():
             finished = state.batch.drain(state.calls)
-            decoded = [self._decode(frame, Stages()).image() for frame in finished]
-        return [image for image in decoded if image is not None]
+            return [self._decode(frame, Stages(), state.censor).image() for frame in finished]
 
     def stylize(self, state: State, picture: Tensor, params: Params) -> Tensor:
         """The same from tensor to tensor, whichever kind of picture the networks take; see `networks.Encode`."""
@@ -259,9 +264,9 @@ class LatentStylizer:
             fresh=state.fresh,
         )
 
-    def _decode(self, frame: Trajectory, stages: Stages) -> Decoding:
+    def _decode(self, frame: Trajectory, stages: Stages, censor: Censor | None) -> Decoding:
         with stages("decode"):
-            return Decoding(self.networks.decode.launch(self._unscaled(frame)), stages)
+            return Decoding(self.networks.decode.launch(self._unscaled(frame)), stages, censor)
 
     def _unscaled(self, frame: Trajectory) -> Tensor:
         return frame.z / self.networks.scaling + self.networks.shift
@@ -272,6 +277,8 @@ class LatentStylizer:
             state.calls.reset()
         state.travel = state.moved = state.latents = None
         state.estimates, state.fresh = (), True
+        if state.censor:
+            state.censor.reset()
 
     def prepare(self, params: Params) -> None:
         """Read the prompts, and let the parts work ahead; then the frame path finds all of it done. Any thread."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from models.lane import FrameLane
     from models.params import Params
     from models.reproject import Key, Track
+    from models.similar import Similar
     from models.stylizer import State, Stylizer
 
 FADE = 2  # frames in which a key that came late takes over
@@ -149,6 +150,8 @@ class Clocks:
     _lane: FrameLane | None = None
     _built: tuple[str, str] = ("", "")  # flow and refiner the lane was built with
     _under_way: Future[tuple[Diffused, Key | None]] | None = None
+    _similar: Similar | None = None  # made when first asked for: it needs OpenCV
+    _shown: NDArray[np.uint8] | None = None  # the last diffused picture, where no frame lane keeps it
     _asked: deque[Track] = field(default_factory=deque)  # frames in a stream batch, oldest first
     _since: int = 0  # frames since the last key
     _cut: bool = False  # another scene has begun since a frame was last diffused
@@ -161,7 +164,11 @@ class Clocks:
         self.plan = plan(params.temporal, self.costs, self.plan, live=self.live, period_ms=period_ms)
         if self.plan.mode == "every-frame" and self._refiner(params) == "off" and not remembers(params):
             self._drop()
+            if self._shown is not None and self._wasted(image, params):
+                launched()
+                return Turn(self._shown, {}, waited=True)
             key = self.style.now(state, image, params, launched)
+            self._shown = key.image
             self.costs.add_style(key.took_ms)
             return Turn(key.image, {}, key, waited=True, ago=self.style.stylizer.delay)
         lane = self._follow(state, params, image)
@@ -170,7 +177,13 @@ class Clocks:
         self._since += 1
         late = self.plan.mode == "reproject" and lane.ready
         arrived = self._arrived(lane, wait=not late)
-        if not late and (self._since >= self.plan.every or self._cut or not lane.ready):
+        if late:  # a frame's rest between two keys: neither is quick
+            asking = self._under_way is None and not arrived
+        else:
+            asking = self._since >= self.plan.every or self._cut or not lane.ready
+        if asking and lane.ready and not self._cut and self._wasted(image, params):
+            asking = False
+        if asking and not late:
             track, moved = self._ask(lane), lane.moved
             arrived = self.style.now(state, image, params, launched, cut=self._cut, moved=moved)
             while not lane.ready and arrived.image is None:  # fill a stream batch with the first frame
@@ -178,7 +191,7 @@ class Clocks:
             if track is not None and arrived.image is not None:
                 lane.answer(track, arrived.image, 1 if self._cut else self.plan.every)
             self._since, self._cut = 0, False
-        elif late and self._under_way is None and not arrived:  # a frame's rest between two keys: neither is quick
+        elif asking:
             self._under_way = self.style.later(state, image, params, self._ask(lane), cut=self._cut, moved=lane.moved)
             self._cut = False
         launched()
@@ -187,6 +200,16 @@ class Clocks:
             self.costs.add_style(arrived.took_ms)
         self.costs.add_lane(sum(lane.stages.ms.values()))
         return Turn(picture, lane.stages.ms, arrived, waited=not late)
+
+    def _wasted(self, image: NDArray[np.uint8], params: Params) -> bool:
+        """Whether to diffuse this frame would be a waste, so like is it to the last one."""
+        if not params.temporal.skip_similar or self.style.stylizer.delay:
+            return False
+        if self._similar is None:
+            from models.similar import Similar
+
+            self._similar = Similar()
+        return self._similar.skip(image, params.temporal.skip_similar, params.style)
 
     def _arrived(self, lane: FrameLane, *, wait: bool) -> Diffused | None:
         """Take in the key that was under way, if it is there."""

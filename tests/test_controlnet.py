@@ -43,24 +43,13 @@ from models.schedule import consistency_schedule
 from models.text_xl import DoubleTextEncoder, size_ids
 from models.unet import Call, Seen
 from models.units import Unit, controls_of, units_of
+from tests.addons import random_controlnet
 from tests.folders import random_folder, random_xl_folder
 
 SIZE = (96, 72)  # width, height: nine rows of latents, so that halves are not whole
 TOLERANCE = 1e-3
 PROMPT, NEGATIVE = "oil painting of a rainy city", "ink"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-def random_controlnet(path: Path, model: Path, seed: int) -> Path:
-    """A ControlNet made of a model's UNet, its last convolutions random instead of zero."""
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel.from_pretrained(model / "unet")
-    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
-    for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
-        torch.nn.init.normal_(layer.weight, std=0.3)
-    torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=1.0)
-    net.save_pretrained(path)
-    return path
 
 
 @dataclass(frozen=True, slots=True)

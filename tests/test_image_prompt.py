@@ -24,7 +24,6 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
@@ -33,8 +32,6 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -52,6 +49,7 @@ from models.schedule import consistency_schedule
 from models.text import Transition
 from models.text_xl import size_ids
 from models.unet import Call, Seen
+from tests.addons import random_adapter
 from tests.folders import random_folder, random_xl_folder
 
 SIZE = (96, 64)  # width, height
@@ -62,50 +60,6 @@ WIDTHS = {"sd": 32, "xl": 32 + 48}  # of the UNets' words
 
 def painting(seed: int = 3, height: int = 50, width: int = 70) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def random_adapter(path: Path, unet: Any, kind: str, name: str = "ip-adapter_sd15.safetensors") -> Path:
-    """Write an adapter's folder in h94/IP-Adapter's form: kind "base" or "plus", its image encoder 32 pixels wide."""
-    torch.manual_seed(2)
-    vision = CLIPVisionConfig(
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-        projection_dim=24,
-    )
-    CLIPVisionModelWithProjection(vision).save_pretrained(path / "image_encoder")
-    width = unet.config.cross_attention_dim
-    weights = {}
-    if kind == "base":
-        projection: torch.nn.Module = ImageProjection(24, width, 4)
-        weights = {f"image_proj.{k.replace('image_embeds', 'proj')}": t for k, t in projection.state_dict().items()}
-    else:
-        weights = {f"image_proj.{k}": t for k, t in plus_weights(width).items()}
-    for i, attention in enumerate(cross_attentions(unet).values()):
-        for part in "kv":
-            weights[f"ip_adapter.{2 * i + 1}.to_{part}_ip.weight"] = torch.randn(attention.to_k.weight.shape) / 4
-    save_file({k: t.contiguous() for k, t in weights.items()}, path / name)
-    return path
-
-
-def plus_weights(width: int) -> dict[str, Tensor]:
-    """A random resampler of 16 tokens under the published names."""
-    state = IPAdapterPlusImageProjection(48, width, hidden_dims=64, heads=1, num_queries=16).state_dict()
-    found = {k: t for k, t in state.items() if not k.startswith("layers")}
-    for i in range(4):
-        block, to = f"layers.{i}.", f"layers.{i}.0."
-        for norm, own in (("norm1", "ln0"), ("norm2", "ln1")):
-            found |= {f"{to}{norm}.{end}": state[f"{block}{own}.{end}"] for end in ("weight", "bias")}
-        found[f"{to}to_q.weight"] = state[f"{block}attn.to_q.weight"]
-        found[f"{to}to_kv.weight"] = torch.cat([state[f"{block}attn.to_{part}.weight"] for part in "kv"])
-        found[f"{to}to_out.weight"] = state[f"{block}attn.to_out.0.weight"]
-        found |= {f"{block}1.0.{end}": state[f"{block}ff.0.{end}"] for end in ("weight", "bias")}
-        found[f"{block}1.1.weight"] = state[f"{block}ff.1.net.0.proj.weight"]
-        found[f"{block}1.3.weight"] = state[f"{block}ff.1.net.2.weight"]
-    return found
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from models.text import TextEncoder
 from models.text_xl import DoubleTextEncoder
 from models.unet import Call, Denoise, Seen
 from models.worn import beyond_attention, lora_set, rank_of
+from tests.addons import lora
 from tests.fakes import PATIENCE
 from tests.folders import random_folder, random_xl_folder
 
@@ -59,20 +60,6 @@ def loras_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loras").mkdir()
     return tmp_path / "loras"
-
-
-def lora(
-    network: Any, paths: tuple[str, ...], rank: int = 4, seed: int = 1, prefix: str = "lora_unet_"
-) -> dict[str, Tensor]:
-    """A LoRA in Kohya's spelling, loud enough to be seen; alpha is half the rank."""
-    generator = torch.Generator().manual_seed(seed)
-    found: dict[str, Tensor] = {}
-    for path in paths:
-        shape, name = network.get_submodule(path).weight.shape, f"{prefix}{path.replace('.', '_')}"
-        found[f"{name}.lora_down.weight"] = torch.randn(rank, *shape[1:], generator=generator) / 8
-        found[f"{name}.lora_up.weight"] = torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=generator) / 4
-        found[f"{name}.alpha"] = torch.tensor(rank / 2)
-    return found
 
 
 def engine(folder: Folder, slots: Slots | None, backend: Any = None, base: tuple[TensorSpec, ...] = BASE) -> Any:
