@@ -1,4 +1,4 @@
-"""Files of models: those of a setting, and in which form a part's weights are there, and whether all are."""
+"""The files of a model's folder: in which form each part has its weights, and whether all are there."""
 
 from __future__ import annotations
 
@@ -11,15 +11,6 @@ VARIANTS = ("fp16", "bf16")  # half-width files beside, or in place of, the plai
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 STEM = r"(?:diffusion_pytorch_model|pytorch_model|model)"
 WEIGHTS = re.compile(rf"{STEM}(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?\.(?P<kind>safetensors|bin)")
-
-
-def listed_files(setting: str) -> tuple[str, ...]:
-    """The files that a setting names, commas between them.
-
-    >>> listed_files("ink.pt, cats.safetensors")
-    ('ink.pt', 'cats.safetensors')
-    """
-    return tuple(dict.fromkeys(file.strip() for file in setting.split(",") if file.strip()))
 
 
 def form_of(part: Path) -> dict[str, Any]:

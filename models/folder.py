@@ -7,12 +7,14 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from accel.errors import UserError
+from models.files import form_of
 from models.motion import motion_modules
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class Folder:
     def index(self) -> dict[str, Any]:
         try:
             return dict(json.loads((self.path / "model_index.json").read_text()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"not a model folder: {self.path} ({type(error).__name__})",
                 hint="diffusers' format has model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/",
@@ -43,7 +45,7 @@ class Folder:
         path = self.path / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         try:
             return dict(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"model folder {self.path} has no readable {part}/{path.name}", hint="fetch it again"
             ) from error
@@ -177,9 +179,10 @@ class Folder:
         return set(json.loads(path.read_text())["words"]) if path.is_file() else set()
 
     def _read(self, kind: Any, part: str) -> nn.Module:
+        path = self.path / part
         try:
-            module: nn.Module = kind.from_pretrained(self.path / part, torch_dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:
+            module: nn.Module = kind.from_pretrained(path, torch_dtype=torch.float32, **form_of(path))
+        except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"model folder {self.path}: {part} cannot be read ({reason})", hint="fetch it again"

@@ -31,7 +31,7 @@ def teach(text: TextEncoder | DoubleTextEncoder, files: Sequence[str | Path]) ->
     UserError for the first file that cannot be read, is for another family, or teaches a word that is known.
     """
     known = dict(text.words)
-    for file in files:
+    for file in dict.fromkeys(map(str, files)):
         word, learned = read_embeddings(Path(file).expanduser())
         if len(learned) != len(text.pairs):
             made_for = "SDXL" if len(learned) > 1 else FAMILIES.get(learned[0].shape[1], "another family")

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from models.filters import halved, sample, to_image, to_picture, weigh
 from models.flow import Dis, flow_estimator
+from models.launched import Stages
 from models.params import Temporal
 from models.reproject import Guide, Key, Motion, Track, scaled
-from models.launched import Stages
 from models.temporal import Past, refine
 
 FADING = 0.95  # how much of what was only held counts as held a frame later

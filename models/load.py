@@ -6,12 +6,15 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from models.adapters import Loras
+from models.controlnet import control_folder
 from models.folder import Folder
 from models.inversion import teach
+from models.memory import check_memory, weights
 from models.networks import Graph, graphs, latent_shape
 from models.parts import parts_of, slots_of, window_of
-from models.structure import PLAIN, Structure
+from models.recipe import recipe_of
 from models.safety import SafetyChecker, safety_folder, safety_graph
+from models.structure import PLAIN, Structure
 from models.stylizer import LatentStylizer, Networks
 from models.text_xl import size_ids
 from models.weights import found
@@ -57,7 +60,7 @@ def load(
 
     >>> stylizer = load("mini", (512, 288), engine="openvino", log=print)
     """
-    from accel.cache import default_root
+    from accel.cache import default_root, digest_of, key_of
     from accel.select import choose
 
     quiet_libraries()
@@ -73,7 +76,12 @@ def load(
     window, features = window_of(folder, structure), [part.feature for part in parts]
     block = window.block if window else 1
     compiled = graphs(folder, size, as_bytes=as_bytes, rows=structure.rows, block=block, features=features)
-    tables = folder.scheduler()  # what it cannot do is said before anything is compiled
+    tables, recipe = folder.scheduler(), recipe_of(model)  # what cannot be is said before anything is compiled
+    specs = [graph.spec for graph in (*compiled.values(), *(g for part in parts for g in part.graphs.values()))]
+    keys = [digest_of(key_of(backend.fingerprint, spec)) for spec in specs]
+    stored = all((cache / key / "engine.bin").is_file() for key in keys)
+    others = {name: weights(control_folder(name, folder).path) for name in structure.controls}
+    check_memory(folder.path, backend.name, size, stored=stored, text=False, rows=structure.rows, others=others)
     engines, done = {}, 0.0
     for name, graph in compiled.items():
         progress(name, done)
@@ -102,6 +110,8 @@ def load(
         parts=tuple(parts),
         rows=structure.rows,
         checker=checker,
+        timesteps=recipe.timesteps,
+        sampler=recipe.sampler,
         time_ids=size_ids(size) if folder.pooled_width() else None,
     )
     packages = ("torch", "diffusers", "transformers", "openvino", "av", "numpy")

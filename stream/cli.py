@@ -99,13 +99,14 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Stylize SOURCE into every SINK."""
+    from models.recipe import remark
     from stream.config import load_params, parse_size
     from stream.run import Job, default_sink
 
     flags = {key: value for key, value in (("style.prompt", prompt), ("frame.fit", fit)) if value is not None}
-    params = load_params(preset, config, set_ or (), flags)
+    params = load_params(preset, config, set_ or (), flags, model)
     box, note = parse_size(size)
-    notes = [note] if note else []
+    notes = [line for line in (note, remark(model)) if line]
     if not to:
         to = [default_sink(source, params.sink.codec)]
         notes.append(f"no --to given: writing to {to[0]}")
@@ -174,7 +175,8 @@ def serve(
         **{f"streams.{name}": source for name, source in server.pairs_of(stream or (), "--stream").items()},
     }
     settings = server.allowed(server.load_server_settings(config, flags), allow_source or (), allow_output or ())
-    params = load_params(preset, config, set_ or (), {} if prompt is None else {"style.prompt": prompt})
+    prompted = {} if prompt is None else {"style.prompt": prompt}
+    params = load_params(preset, config, set_ or (), prompted, settings.live.model)
     raise typer.Exit(run_server(settings, params, browser=open_))
 
 
@@ -194,17 +196,21 @@ def fetch(
 @app.command()
 def models(as_json: Json = False) -> None:
     """What can run here."""
+    from models.addons import addons
     from models.spec import available
 
-    rows = available()
+    rows, more = available(), addons()
     if as_json:
-        _print_json(rows)
+        _print_json([*rows, *more])
         return
     for row in rows:
         state = "ready" if row["ready"] else "not here"
         print(f"{row['name']:16} {state:9} {row['megabytes']:>7} MB  {row['licence']}  {row['about']}")
         if row["styles"]:
             print(f"{'':16} styles: {', '.join(row['styles'])}")
+    for row in more:
+        state = "ready" if row["ready"] else "not here"
+        print(f"{row['name']:24} {state:9} {row['megabytes']:>7} MB  {row['licence']}  {row['about']}")
 
 
 @app.command()
@@ -257,6 +263,8 @@ def bench_latency(
     engine: Annotated[list[str] | None, typer.Option(help="which to compare")] = None,
     size: Size = "512x288",
     frames: Annotated[int, typer.Option(min=1, help="per engine")] = 240,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting")] = None,
+    beside_load: Annotated[bool, typer.Option("--beside-load", help="again, with every core kept busy")] = False,
     json_file: JsonFile = None,
     html_file: HtmlFile = None,
 ) -> None:
@@ -265,7 +273,8 @@ def bench_latency(
     from stream.config import parse_size
 
     _check_reports(json_file, html_file)
-    report = latency.measure(source, model, tuple(engine or ("openvino", "torch")), parse_size(size)[0], frames, _say)
+    engines, box = tuple(engine or ("openvino", "torch")), parse_size(size)[0]
+    report = latency.measure(source, model, engines, box, frames, _say, settings=set_ or (), beside_load=beside_load)
     _publish(report, json_file, html_file)
 
 
@@ -287,6 +296,61 @@ def bench_engines(
     _publish(report, json_file, html_file)
 
 
+@bench_app.command("scale")
+def bench_scale(
+    source: Annotated[str, typer.Option(help="what the cameras see")] = "demo",
+    model: Model = "mini",
+    engine: Engine = "auto",
+    size: Size = "512x288",
+    sessions: Annotated[str, typer.Option(metavar="N,N…", help="how many at once")] = "1,2,4",
+    seconds: Annotated[float, typer.Option(min=0.2, help="of each number")] = 10.0,
+    fps: Annotated[float, typer.Option(min=1, max=1000, help="of each camera; more than can be painted")] = 60.0,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting")] = None,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+) -> None:
+    """Live streams side by side through one worker: fps of each and of all, latency, memory."""
+    from bench import scale
+    from stream.config import parse_size
+
+    _check_reports(json_file, html_file)
+    counts, box = scale.counts_of(sessions), parse_size(size)[0]
+    report = scale.measure(source, model, engine, box, counts, seconds, fps, set_ or (), _say)
+    _publish(report, json_file, html_file)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    files: Annotated[list[Path], typer.Argument(metavar="A.json B.json…", help="what --json wrote")],
+    lane: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="of A, then of B, where they are named differently")
+    ] = None,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+) -> None:
+    """Two results of the same work: every ratio with its spread; A B A B where runs took turns."""
+    from bench.compare import compare
+
+    _check_reports(json_file, html_file)
+    report = compare(files, lane or ())
+    for note in report["notes"]:
+        _say(note)
+    _publish(report, json_file, html_file)
+
+
+@bench_app.command("tables")
+def bench_tables(
+    check: Annotated[bool, typer.Option("--check", help="write nothing; exit status 1 where they differ")] = False,
+) -> None:
+    """Of a checkout: write the tables of README.md and docs from bench/results."""
+    from bench import tables
+
+    for path in (changed := tables.renew(write=not check)):
+        print(f"{'differs' if check else 'written'}: {path}")
+    if check and changed:
+        raise typer.Exit(1)
+
+
 @bench_app.command("transport")
 def bench_transport(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="what the camera sees")] = "demo",
@@ -306,6 +370,35 @@ def bench_transport(
     _check_reports(json_file, html_file)
     box = parse_size(size)[0]
     report = transport.measure(source, model, engine, box, fps, seconds, tuple(set_ or ()), _say)
+    _publish(report, json_file, html_file)
+
+
+@bench_app.command("peers")
+def bench_peers(
+    source: Annotated[str, typer.Option(help="a file, demo or test")] = "demo",
+    model: Annotated[
+        str | None, typer.Option(metavar="M", help="Stable Diffusion 1 or 2 with TAESD; small and random unless given")
+    ] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="ours; the best one here and torch unless given")] = None,
+    form: Annotated[
+        list[str] | None, typer.Option(help="of the peer, beside float32: bfloat16, float16, tuned or compiled")
+    ] = None,
+    size: Size = "256x256",
+    steps: Annotated[int, typer.Option(min=1, max=8, help="denoising steps")] = 1,
+    strength: Annotated[float, typer.Option(min=0.02, max=1, help="how far from the source's picture")] = 0.5,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="what it should look like")] = "oil painting",
+    frames: Annotated[int, typer.Option(min=1, help="of each")] = 40,
+    batch: Annotated[bool, typer.Option("--batch", help="ours in a stream batch too")] = False,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+) -> None:
+    """Beside StreamDiffusion: the same networks, pictures, steps and noise; rate, times, memory, difference."""
+    from bench import peers
+    from stream.config import parse_size
+
+    _check_reports(json_file, html_file)
+    chosen, box = (tuple(engine or ()), tuple(form or ())), parse_size(size)[0]
+    report = peers.measure(source, model, *chosen, box, steps, strength, prompt, frames, batch, _say)
     _publish(report, json_file, html_file)
 
 
@@ -401,10 +494,9 @@ def _publish(report: dict[str, Any], json_file: Path | None, html_file: Path | N
 
     print(text(report))
     if json_file:
-        from stream.run import write_json
+        from bench.record import write
 
-        sections = [section for section in report["sections"] if section["kind"] != "pictures"]  # they are for the page
-        write_json(json_file, report | {"sections": sections})
+        write(json_file, report)
     if html_file:
         from bench.report import html
 

@@ -151,7 +151,7 @@ class Clocks:
     _built: tuple[str, str] = ("", "")  # flow and refiner the lane was built with
     _under_way: Future[tuple[Diffused, Key | None]] | None = None
     _similar: Similar | None = None  # made when first asked for: it needs OpenCV
-    _shown: NDArray[np.uint8] | None = None  # the last diffused picture, where no frame lane keeps it
+    _shown: NDArray[np.uint8] | None = None  # the last diffused picture, where it may be shown again
     _asked: deque[Track] = field(default_factory=deque)  # frames in a stream batch, oldest first
     _since: int = 0  # frames since the last key
     _cut: bool = False  # another scene has begun since a frame was last diffused
@@ -168,7 +168,7 @@ class Clocks:
                 launched()
                 return Turn(self._shown, {}, waited=True)
             key = self.style.now(state, image, params, launched)
-            self._shown = key.image
+            self._shown = key.image if params.temporal.skip_similar else None
             self.costs.add_style(key.took_ms)
             return Turn(key.image, {}, key, waited=True, ago=self.style.stylizer.delay)
         lane = self._follow(state, params, image)

@@ -14,7 +14,7 @@ import av  # noqa: F401 before OpenCV: see stream/sources/screen.py
 
 from models.params import Params
 from stream import seat
-from stream.config import flatten, patched
+from stream.config import flatten, moved, patched
 from stream.feed import Feed, Opener
 from stream.frame import Frame
 from stream.levels import Controller, ladder
@@ -161,9 +161,15 @@ class Stream:
         return params
 
     def swap(self, model: str) -> None:
-        """Another model from as soon as it is loaded; the present one goes on until then."""
-        self.model = model
+        """Another model from as soon as it is loaded; the present one goes on until then.
+
+        Settings that nobody has touched become those that it is best run with.
+        """
+        with self._lock:
+            self.params, self.model = moved(self.params, self.model, model), model
+            self._level = self._current_level()
         self._seat.forgive()
+        self._seat.retune(self._effective())
 
     def attach(self, sink: Sink, *, lossless: bool = False) -> Attached:
         """Write what comes out to `sink`, in a thread of its own. `lossless`: rather late than with a gap."""

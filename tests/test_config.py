@@ -6,7 +6,7 @@ import pytest
 
 from accel.errors import UserError
 from models.params import Params
-from stream.config import PRESETS, keys, load_params, parse_size, patched
+from stream.config import PRESETS, keys, load_params, moved, parse_size, patched
 
 
 def test_a_later_layer_wins(tmp_path: Path) -> None:
@@ -102,3 +102,27 @@ def test_sizes_become_multiples_of_eight_with_one_line(text: str, size: tuple[in
 def test_a_bad_size_is_the_users_error(text: str) -> None:
     with pytest.raises(UserError):
         parse_size(text)
+
+
+def test_the_models_recipe_lies_under_every_other_layer(tmp_path: Path) -> None:
+    toml = tmp_path / "my.toml"
+    toml.write_text("[style]\nstrength = 0.4\n")
+    assert load_params() == Params()
+    bare = load_params(model="sd15-lcm")
+    assert (bare.style.steps, bare.style.strength) == (4, 0.5)
+    assert load_params(model="sd15-lcm", config=toml).style.strength == 0.4
+    assert load_params("fast", toml, model="sd15-lcm").style.steps == 1
+    assert load_params("fast", toml, ["style.steps=3"], model="sd15-lcm").style.steps == 3
+    assert load_params("fast", toml, ["style.steps=3"], {"style.steps": 2}, model="sd15-lcm").style.steps == 2
+    assert load_params(model="no such model") == Params()  # said where it is loaded
+
+
+def test_settings_follow_to_another_model_where_nobody_has_touched_them() -> None:
+    turbo = load_params(model="sd-turbo", sets=["style.prompt=ink"])
+    there = moved(turbo, "sd-turbo", "animatediff-lcm")
+    assert (there.style.steps, there.temporal.window, there.style.prompt) == (4, 8, "ink")
+    assert moved(there, "animatediff-lcm", "sd-turbo") == turbo
+    assert moved(turbo, "sd-turbo", "mini").style.strength == 1.0
+    touched = patched(turbo, {"style.strength": 0.3})
+    assert moved(touched, "sd-turbo", "mini").style.strength == 0.3
+    assert moved(turbo, "sd-turbo", "sd-turbo") is not None

@@ -23,6 +23,7 @@ from accel.engine import EngineSpec, Pending, Ready
 from models.load import load
 from models.params import Params, Style
 from models.prompt import MOST, Piece, Prompt, parse
+from models.rolling import Windowed
 from models.spec import MODELS
 from models.structure import Structure
 from models.stylizer import LatentStylizer, State
@@ -422,6 +423,13 @@ def params(prompt: str = "oil painting", frames: int = 4, **style: object) -> Pa
     return Params(style=Style.model_validate({"prompt": prompt, "blend_frames": frames, **style}))
 
 
+def seen_of(state: State) -> list[int]:
+    """Frames in the stream's window, per row."""
+    (companion,) = state.calls.companions
+    assert isinstance(companion, Windowed)
+    return companion.rolling.seen
+
+
 def play(model: LatentStylizer, state: State, settings: Params, frames: int) -> list[NDArray[np.uint8]]:
     return [model.step(state, picture(), settings).image() for _ in range(frames)]
 
@@ -507,15 +515,13 @@ class TestLiveChange:
             state = windowed.open(params(frames=frames))
             play(windowed, state, params(frames=frames), 3)
             play(windowed, state, params("ink", frames), 6)
-            assert state.rolling is not None
-            assert state.rolling.seen == [seen]
+            assert seen_of(state) == [seen]
 
     def test_a_change_of_more_than_the_prompt_starts_the_window_anew(self, windowed: LatentStylizer) -> None:
         state = windowed.open(params())
         play(windowed, state, params(), 3)
         play(windowed, state, params("ink", seed=9), 2)
-        assert state.rolling is not None
-        assert state.rolling.seen == [2]
+        assert seen_of(state) == [2]
         assert state.transition is not None
 
     def test_a_cut_does_not_hold_it_up(self, stylizer: LatentStylizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
@@ -10,13 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save
 from transformers import CLIPTokenizer
 
 from accel.errors import UserError
 from models import hub as hub_module
-from models.load import folder_of, load
+from models.addons import ADDONS, AddOn, addon, addons
 from models.folder import Folder
+from models.load import folder_of, load
 from models.spec import MODELS
 from models.weights import fault, fetch, fetch_shown, found
 from tests.hub import COMMIT, FakeHub, published
@@ -64,7 +68,7 @@ def test_a_fetched_model_loads_by_its_name(hub: FakeHub) -> None:
     assert model.scheduler().config["prediction_type"] == "epsilon"
 
 
-@pytest.mark.parametrize("name", ["sd15-lcm", "sdxl-turbo", "animatediff-lcm"])
+@pytest.mark.parametrize("name", ["sd15-lcm", "sd15-hyper", "sdxl-turbo", "sdxl-lightning", "animatediff-lcm"])
 def test_every_other_row_makes_a_folder_too(name: str, tmp_path: Path) -> None:
     with FakeHub(published(name, tmp_path / "published")) as hub:
         folder = folder_of(str(fetch(name, endpoint=hub.url)))
@@ -319,3 +323,59 @@ def test_the_command_draws_its_progress_on_the_error_stream(
     out, err = capsys.readouterr()
     assert out == ""
     assert "MB" in err
+
+
+def small_add_on(row: AddOn) -> dict[tuple[str, str], bytes]:
+    """The files of an add-on's repositories, as small as files of their kinds can be."""
+    made = {}
+    for source in row.sources:
+        for file in source.files:
+            tensors = {"weight": torch.arange(6, dtype=torch.float16).reshape(2, 3).mT}
+            pickled = io.BytesIO()
+            torch.save(tensors, pickled)
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            made[source.repo, file] = {".json": b"{}", ".bin": pickled.getvalue()}.get(Path(file).suffix) or save(whole)
+    return made
+
+
+@pytest.mark.parametrize("name", ["controlnet-sd15-canny", "controlnet-sd21-depth", "safety-checker"])
+def test_an_add_on_is_fetched_into_a_folder_of_its_own(name: str) -> None:
+    row = ADDONS[name]
+    with FakeHub(small_add_on(row)) as hub:
+        folder = fetch(name, endpoint=hub.url)
+    assert folder == row.folder == addon(row.kind, row.family)
+    weights = "model" if row.kind == "safety" else "diffusion_pytorch_model"
+    assert (folder / "config.json").is_file()
+    found = load_file(folder / f"{weights}.safetensors")["weight"]
+    assert found.dtype == torch.float16
+    assert found.tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert [row["name"] for row in addons() if row["ready"]] == [name]
+    assert not list(folder.glob("*.bin"))
+
+
+def test_an_image_encoder_with_another_digest_is_refused() -> None:
+    row = ADDONS["ip-adapter-sd15"]
+    with FakeHub(small_add_on(row)) as hub, pytest.raises(UserError, match="SHA-256 is not the published one"):
+        fetch(row.name, endpoint=hub.url)
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_not_run(tmp_path: Path) -> None:
+    row, trace = ADDONS["controlnet-sd15-tile"], tmp_path / "trace"
+    files = small_add_on(row)
+    pickled = io.BytesIO()
+    torch.save({"weight": Opens(trace)}, pickled)
+    files["lllyasviel/control_v11f1e_sd15_tile", "diffusion_pytorch_model.bin"] = pickled.getvalue()
+    with FakeHub(files) as hub, pytest.raises(UserError, match="holds no plain tensors"):
+        fetch(row.name, endpoint=hub.url)
+    assert not trace.exists()
+    assert not row.folder.exists()
+
+
+class Opens:
+    """What a hostile pickle does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)

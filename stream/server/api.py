@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from accel.errors import UserError
 from models.params import Params
 from models.spec import available
-from stream.config import flatten, parse_size, patched
+from stream.config import flatten, moved, parse_size, patched
 from stream.hub import Busy, Hub
 from stream.live import Stream
 from stream.rtc import ice
@@ -156,7 +156,8 @@ def _streams(hub: Hub, guard: Guard, reach: Reach) -> APIRouter:
                 raise Refused(422, f"no such model: {new.model}", "GET /api/v1/models lists them")
             if not ready[new.model]:
                 raise Refused(422, f"{new.model} is not here yet", f"on the server: livestyle fetch {new.model}")
-        params = patched(hub.settings.params, new.params)
+        model = hub.settings.model if new.model is None else new.model
+        params = patched(moved(hub.settings.params, hub.settings.model, model), new.params)
         box = parse_size(new.size)[0] if new.size else None
         admitted = await asyncio.to_thread(reach.source, new.source) if new.source else None
         stream = _opened(hub, new.name, params, new.model, box)
