@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 from models.adapters import Loras
+from models.assets import asset
 from models.controlnet import control_folder
 from models.folder import Folder
 from models.inversion import teach
@@ -66,7 +67,7 @@ def load(
     quiet_libraries()
     folder = folder_of(model)
     text = folder.text()
-    teach(text, structure.embeddings)
+    teach(text, [asset(name, "embeddings") for name in structure.embeddings])
     slots = slots_of(folder, structure)
     loras = Loras(slots, text.models, text.with_models)
     parts = parts_of(folder, structure, latent_shape(folder, size), slots, loras)

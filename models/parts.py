@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.errors import UserError
+from models.assets import asset
 from models.folder import Folder
 from models.params import Params
 from models.rolling import Window, Windowed
@@ -118,14 +119,18 @@ def _picture(folder: Folder, structure: Structure) -> Part:
     adapter = find_adapter(path or addon("picture", family_of(unet)), int(unet["cross_attention_dim"]))
     prompt, encoder = ImagePrompt(adapter, structure.rows), PictureEncoder(adapter)
 
+    @lru_cache(maxsize=64)  # looks for files: not in every frame
+    def found(name: str) -> Path | str:
+        return asset(name, "pictures") if name else ""
+
     def ready(params: Params) -> None:
-        if params.style.picture:
-            encoder.embed_file(params.style.picture)
+        if name := params.style.picture:
+            encoder.embed_file(found(name))
 
     return Part(
         prompt,
         companion=lambda memory: Pictures(prompt),
-        guide=lambda image, params: {GUIDE: encoder.shown(params.style.picture, params.style.picture_scale)},
+        guide=lambda image, params: {GUIDE: encoder.shown(found(params.style.picture), params.style.picture_scale)},
         ready=ready,
     )
 

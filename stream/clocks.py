@@ -119,7 +119,7 @@ class StyleLane:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one captured frame came to: the picture of the frame `ago` frames before it, None where there is none yet."""
+    """What one captured frame came to: the picture of the frame `ago` frames back, None where there is none yet."""
 
     image: NDArray[np.uint8] | None
     stages_ms: dict[str, float]  # of the frame lane

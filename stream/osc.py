@@ -15,6 +15,7 @@ from pythonosc.osc_message import OscMessage
 from pythonosc.osc_packet import OscPacket, ParseError
 
 from accel.errors import UserError
+from models.assets import check_bare
 from stream.hub import Hub
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Osc(asyncio.DatagramProtocol):
         streams = self._hub.streams() if name == "*" else [stream for stream in (self._hub.get(name),) if stream]
         if not streams:
             raise UserError("no such stream")
+        check_bare(key, values[0])
         for stream in streams:
             stream.patch({key: values[0]})
 

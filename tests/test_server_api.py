@@ -37,6 +37,9 @@ def test_a_stream_is_opened_changed_and_removed(tmp_path: Path) -> None:
         refused(wrong, 422, "style.steps")
         refused(s.client.patch("/api/v1/streams/cam/params", json={"style.promt": "x"}), 422, "style.prompt")
         assert s.client.get("/api/v1/streams/cam/params").json()["style.prompt"] == "neon"  # nothing was changed
+        for key in ("style.lora", "style.picture", "style.embeddings", "style.control"):
+            for value in ("/etc/passwd", "../secret.png", "~/x.safetensors:0.5", "canny=C:x"):
+                refused(s.client.patch("/api/v1/streams/cam/params", json={key: value}), 422, "no paths")
 
         assert s.client.put("/api/v1/streams/cam/source", json={"url": "demo"}).status_code == 202
         assert s.client.delete("/api/v1/streams/cam/source").status_code == 204

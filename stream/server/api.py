@@ -15,6 +15,7 @@ from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from accel.errors import UserError
+from models.assets import check_bare
 from models.params import Params
 from models.spec import available
 from stream.config import flatten, moved, parse_size, patched
@@ -156,6 +157,7 @@ def _streams(hub: Hub, guard: Guard, reach: Reach) -> APIRouter:
                 raise Refused(422, f"no such model: {new.model}", "GET /api/v1/models lists them")
             if not ready[new.model]:
                 raise Refused(422, f"{new.model} is not here yet", f"on the server: livestyle fetch {new.model}")
+        _check_files(new.params)
         model = hub.settings.model if new.model is None else new.model
         params = patched(moved(hub.settings.params, hub.settings.model, model), new.params)
         box = parse_size(new.size)[0] if new.size else None
@@ -184,6 +186,7 @@ def _streams(hub: Hub, guard: Guard, reach: Reach) -> APIRouter:
     @routes.patch("/streams/{name}/params", dependencies=controlling, responses=unknown)
     async def change_params(name: Name, changes: Changes) -> dict[str, Value]:
         """Change settings, live; nothing is changed when one of them is wrong."""
+        _check_files(changes)
         params = await asyncio.to_thread(known(hub, name).patch, changes)
         return flatten(params.model_dump())
 
@@ -279,6 +282,11 @@ def version() -> str:
         return metadata.version("livestyle")
     except metadata.PackageNotFoundError:
         return "0.0.0"
+
+
+def _check_files(changes: dict[str, Value]) -> None:
+    for key, value in changes.items():
+        check_bare(key, value)
 
 
 def _opened(hub: Hub, name: str, params: Params, model: str | None, box: tuple[int, int] | None) -> Stream:
