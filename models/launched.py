@@ -63,10 +63,11 @@ class Decoding:
             with self._stages("decode"):
                 (picture,) = self._pending.wait()
             with self._stages("pixels"):  # out of the engine's memory, and off the device
-                self._pixels = picture[0].cpu().numpy().copy()
+                pixels = picture[0].cpu().numpy().copy()
             if self._censor:
                 with self._stages("safety"):
-                    self._pixels = self._censor.shown(self._pixels)
+                    pixels = self._censor.shown(pixels)
+            self._pixels = pixels  # not before: a checker that fails must not let one pass
 
     def image(self) -> NDArray[np.uint8]:
         self.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import version
 
+from accel.engine import Backend
 from models.adapters import Loras
 from models.assets import asset
 from models.controlnet import control_folder
@@ -52,6 +53,7 @@ def load(
     structure: Structure = PLAIN,
     as_bytes: bool = True,
     progress: Callable[[str, float], None] = lambda part, done: None,
+    backend: Backend | None = None,
 ) -> LatentStylizer:
     """Compile a model for pictures of (width, height), or take its engines from the cache.
 
@@ -62,7 +64,7 @@ def load(
     >>> stylizer = load("mini", (512, 288), engine="openvino", log=print)
     """
     from accel.cache import default_root, digest_of, key_of
-    from accel.select import choose
+    from accel.select import Choice, choose
 
     quiet_libraries()
     folder = folder_of(model)
@@ -71,14 +73,16 @@ def load(
     slots = slots_of(folder, structure)
     loras = Loras(slots, text.models, text.with_models)
     parts = parts_of(folder, structure, latent_shape(folder, size), slots, loras)
-    choice = choose(engine)
+    choice = Choice(backend, f"engine {backend.name} ({backend.device})") if backend else choose(engine)
     log(choice.reason)
     backend, cache = choice.backend, default_root()
     window, features = window_of(folder, structure), [part.feature for part in parts]
     block = window.block if window else 1
     compiled = graphs(folder, size, as_bytes=as_bytes, rows=structure.rows, block=block, features=features)
     tables, recipe = folder.scheduler(), recipe_of(model)  # what cannot be is said before anything is compiled
-    specs = [graph.spec for graph in (*compiled.values(), *(g for part in parts for g in part.graphs.values()))]
+    safety = safety_graph(safety_folder(folder)) if structure.checked else None
+    more = (*(graph for part in parts for graph in part.graphs.values()), *((safety,) if safety else ()))
+    specs = [graph.spec for graph in (*compiled.values(), *more)]
     keys = [digest_of(key_of(backend.fingerprint, spec)) for spec in specs]
     stored = all((cache / key / "engine.bin").is_file() for key in keys)
     others = {name: weights(control_folder(name, folder).path) for name in structure.controls}
@@ -92,10 +96,7 @@ def load(
         for name, graph in part.graphs.items():
             progress(graph.spec.name, done)
             part.engines[name] = backend.load(graph.build, graph.spec, cache)
-    checker = None
-    if structure.checked:
-        graph = safety_graph(safety_folder(folder))
-        checker = SafetyChecker(backend.load(graph.build, graph.spec, cache))
+    checker = SafetyChecker(backend.load(safety.build, safety.spec, cache)) if safety else None
     vae = folder.config("vae")
     networks = Networks(
         encode=engines["encode"],

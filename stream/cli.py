@@ -214,6 +214,31 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
+def build(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="see `livestyle models`")] = "mini",
+    engine: Engine = "auto",
+    size: Size = "512x288",
+    target: Annotated[
+        str | None, typer.Option(metavar="SM", help="TensorRT for another machine's card: sm_75, sm_86, sm_89, sm_120")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="fast or quality")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="F.toml", help="settings file")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting")] = None,
+) -> None:
+    """Make a model's engines ahead of its first run, with what the settings need."""
+    from models.build import build as build_engines
+    from models.structure import structure_of
+    from stream.config import load_params, parse_size
+
+    box, note = parse_size(size)
+    if note:
+        _say(note)
+    params = load_params(preset, config, set_ or (), model=model)
+    build_engines(model, box, engine, target, _say, structure_of(params))
+    print(f"{model} at {box[0]}x{box[1]}: engines are ready{f' for {target}' if target else ''}")
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Devices, engines, codecs, cameras; a hint for each thing missing."""
     from stream.doctor import examine
@@ -370,6 +395,27 @@ def bench_transport(
     _check_reports(json_file, html_file)
     box = parse_size(size)[0]
     report = transport.measure(source, model, engine, box, fps, seconds, tuple(set_ or ()), _say)
+    _publish(report, json_file, html_file)
+
+
+@bench_app.command("swaps")
+def bench_swaps(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="what the camera sees")] = "demo",
+    model: Model = "mini",
+    engine: Engine = "auto",
+    size: Size = "512x288",
+    change: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="made one after the other")] = None,
+    seconds: Annotated[float, typer.Option(min=0.5, help="before and after each")] = 3.0,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting")] = None,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+) -> None:
+    """Change settings while frames run: frames lost, the longest gap, engines built."""
+    from bench import swaps
+    from stream.config import parse_size
+
+    _check_reports(json_file, html_file)
+    report = swaps.measure(source, model, engine, parse_size(size)[0], change or (), seconds, set_ or (), _say)
     _publish(report, json_file, html_file)
 
 

@@ -164,13 +164,14 @@ class Clocks:
         self.plan = plan(params.temporal, self.costs, self.plan, live=self.live, period_ms=period_ms)
         if self.plan.mode == "every-frame" and self._refiner(params) == "off" and not remembers(params):
             self._drop()
-            if self._shown is not None and self._wasted(image, params):
+            if self._wasted(state, image, params, must=self._shown is None):
                 launched()
                 return Turn(self._shown, {}, waited=True)
             key = self.style.now(state, image, params, launched)
             self._shown = key.image if params.temporal.skip_similar else None
             self.costs.add_style(key.took_ms)
             return Turn(key.image, {}, key, waited=True, ago=self.style.stylizer.delay)
+        self._shown = None
         lane = self._follow(state, params, image)
         lane.advance(image)
         self._cut |= lane.motion is not None and lane.motion.cut
@@ -181,7 +182,7 @@ class Clocks:
             asking = self._under_way is None and not arrived
         else:
             asking = self._since >= self.plan.every or self._cut or not lane.ready
-        if asking and lane.ready and not self._cut and self._wasted(image, params):
+        if asking and self._wasted(state, image, params, must=self._cut or not lane.ready):
             asking = False
         if asking and not late:
             track, moved = self._ask(lane), lane.moved
@@ -201,15 +202,20 @@ class Clocks:
         self.costs.add_lane(sum(lane.stages.ms.values()))
         return Turn(picture, lane.stages.ms, arrived, waited=not late)
 
-    def _wasted(self, image: NDArray[np.uint8], params: Params) -> bool:
-        """Whether to diffuse this frame would be a waste, so like is it to the last one."""
-        if not params.temporal.skip_similar or self.style.stylizer.delay:
+    def _wasted(self, state: State, image: NDArray[np.uint8], params: Params, *, must: bool) -> bool:
+        """Whether to diffuse a frame would be a waste, so like is it to the last diffused one; not where it `must` be.
+
+        Never while prompts blend, which takes so many diffused frames.
+        """
+        threshold = params.temporal.skip_similar
+        if not threshold or self.style.stylizer.delay or state.transition:
+            self._similar = None
             return False
-        if self._similar is None:
+        if self._similar is None or must:
             from models.similar import Similar
 
             self._similar = Similar()
-        return self._similar.skip(image, params.temporal.skip_similar, params.style)
+        return self._similar.skip(image, threshold, params)
 
     def _arrived(self, lane: FrameLane, *, wait: bool) -> Diffused | None:
         """Take in the key that was under way, if it is there."""

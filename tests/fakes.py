@@ -144,6 +144,7 @@ class FakeState:
     threads: set[str] = field(default_factory=set)
     cuts: int = 0
     moves: list[Any] = field(default_factory=list)  # flows it was told of
+    transition: None = None
 
 
 class FakeStylizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from accel.engine import Backend
+from accel.engine import Backend, Ready
 from accel.errors import UserError
 from accel.openvino_backend import OpenVINOBackend
 from accel.torch_backend import TorchBackend
 from models.folder import Folder
+from models.launched import Decoding, Stages
+from models.load import load
+from models.params import Params, Style
 from models.picture_encoder import Preprocessing
 from models.safety import GREY, Censor, SafetyChecker, is_unsafe, read_checker, safety_folder, safety_graph
+from models.structure import structure_of
 from tests.folders import random_folder
 from tests.scenes import texture
 
@@ -246,3 +251,28 @@ def test_what_is_not_finite_counts_as_unsafe(tmp_path: Path) -> None:
     tensors["visual_projection.weight"].fill_(float("nan"))
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     assert compiled(path).unsafe(pictures()[0])
+
+
+@pytest.mark.parametrize("instead", ["blank", "previous"])
+def test_a_session_shows_nothing_unsafe(model: Path, tmp_path: Path, instead: str) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    weighed(random_checker(tmp_path / "model" / "safety_checker"), concepts={0: -1.0})
+    checked, unchecked = (Params(style=Style(prompt="ink", safety=value)) for value in (instead, "off"))  # type: ignore[arg-type]
+    stylizer = load(str(tmp_path / "model"), (64, 64), engine="torch", structure=structure_of(checked))
+    state, image = stylizer.open(checked), texture(0, (64, 64))
+    going = stylizer.step(state, image, checked)
+    assert (going.image() == GREY).all()
+    assert "safety" in going.stages_ms
+    assert (stylizer.step(state, image, unchecked).image() != GREY).any()
+    assert (stylizer.step(state, image, checked).image() == GREY).all()
+
+
+def test_a_checker_that_fails_lets_nothing_pass() -> None:
+    class Broken:
+        def unsafe(self, picture: Image) -> bool:
+            raise RuntimeError("out of memory")
+
+    going = Decoding(Ready((torch.zeros(1, 48, 64, 3, dtype=torch.uint8),)), Stages(), Censor(Broken()))  # type: ignore[arg-type]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            going.image()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.params import Params, Style
+from models.params import Params, Style, Temporal
 from models.similar import MOST, Similar, likeness, patches
+from stream.clocks import Clocks, StyleLane
+from tests.fakes import FakeStylizer
 from tests.media import CLIPS
 from tests.scenes import passing, texture
 
@@ -150,3 +153,46 @@ def test_real_clips(clip: str, least: float, most: float) -> None:
     rate = sum(found) / len(found)
     print(f"{clip}: {rate:.0%} skipped")
     assert least <= rate <= most
+
+
+def turns(params: Params, frames: list[Image], style: StyleLane, clocks: Clocks, state: Any) -> list[Image | None]:
+    """What is shown for frames in turn, each key awaited."""
+    shown = []
+    for frame in frames:
+        shown.append(clocks.turn(state, frame, params).image)
+        if clocks._under_way:
+            clocks._under_way.result()
+    return shown
+
+
+@pytest.mark.parametrize("mode", ["every-frame", "cadence", "reproject"])
+def test_a_session_diffuses_a_still_scene_three_times_in_two_dozen_frames(mode: str) -> None:
+    style = StyleLane(FakeStylizer((128, 96)))
+    clocks = Clocks(style, live=False, period_ms=40.0)
+    params = Params(temporal=Temporal(mode=mode, cadence=int(mode == "cadence"), skip_similar=USUAL))
+    state = style.stylizer.open(params)
+    still = texture(size=(128, 96))
+    shown = turns(params, [still] * 24, style, clocks, state)
+    assert len(state.params) == 3
+    if mode == "every-frame":
+        assert all(picture is not None and np.array_equal(picture, 255 - still) for picture in shown)
+    changed = params.model_copy(update={"style": Style(prompt="ink")})
+    turns(changed, [still] * 2, style, clocks, state)
+    assert state.params[-1] is changed
+    style.close()
+
+
+def test_a_picture_from_before_another_mode_is_not_shown_again() -> None:
+    style = StyleLane(FakeStylizer((128, 96)))
+    clocks = Clocks(style, live=False, period_ms=40.0)
+    every, cadence = (
+        Params(temporal=Temporal(mode=mode, cadence=1, skip_similar=USUAL)) for mode in ("every-frame", "cadence")
+    )
+    state = style.stylizer.open(every)
+    one, two = texture(0, (128, 96)), texture(5, (128, 96))
+    turns(every, [one] * 3, style, clocks, state)
+    turns(cadence, [two] * 4, style, clocks, state)
+    (shown,) = turns(every, [two], style, clocks, state)
+    assert shown is not None
+    assert np.array_equal(shown, 255 - two)
+    style.close()
