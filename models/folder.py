@@ -132,11 +132,18 @@ class Folder:
         from models.text import TextEncoder
         from models.text_xl import DoubleTextEncoder
 
-        first = CLIPTokenizer.from_pretrained(self.path / "tokenizer"), self.text_model()
+        def tokenizer(part: str) -> Any:
+            try:
+                return CLIPTokenizer.from_pretrained(self.path / part)
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"model folder {self.path} has no readable {part}/", hint="fetch it again") from error
+
+        _ = self.index
+        first = tokenizer("tokenizer"), self.text_model()
         if not self.pooled_width():
             return TextEncoder(*first)
         model = self._read(CLIPTextModelWithProjection, "text_encoder_2")
-        second = CLIPTokenizer.from_pretrained(self.path / "tokenizer_2"), model
+        second = tokenizer("tokenizer_2"), model
         return DoubleTextEncoder((first, second), zeros=bool(self.index.get("force_zeros_for_empty_prompt", True)))
 
     def pooled_width(self) -> int:

@@ -68,6 +68,7 @@ def load(
 
     quiet_libraries()
     folder = folder_of(model)
+    tables, recipe = folder.scheduler(), recipe_of(model)  # what cannot be is said before anything large is read
     text = folder.text()
     teach(text, [asset(name, "embeddings") for name in structure.embeddings])
     slots = slots_of(folder, structure)
@@ -79,7 +80,6 @@ def load(
     window, features = window_of(folder, structure), [part.feature for part in parts]
     block = window.block if window else 1
     compiled = graphs(folder, size, as_bytes=as_bytes, rows=structure.rows, block=block, features=features)
-    tables, recipe = folder.scheduler(), recipe_of(model)  # what cannot be is said before anything is compiled
     safety = safety_graph(safety_folder(folder)) if structure.checked else None
     more = (*(graph for part in parts for graph in part.graphs.values()), *((safety,) if safety else ()))
     specs = [graph.spec for graph in (*compiled.values(), *more)]
