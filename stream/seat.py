@@ -165,8 +165,12 @@ class Seat:
                 log.error("%s cannot be prepared", wanted.model, exc_info=error)
             with self._lock:
                 self.building, self.progress, self._failed = None, None, wanted
-                self.error = f"{wanted.model} cannot be prepared: {error or type(error).__name__}"
-            self._say("error", self.error)
+                text = f"{wanted.model} cannot be prepared: {error or type(error).__name__}"
+                if self._session is None:
+                    self.error = text
+                else:  # asked for while pictures come out: they go on as they were
+                    text = f"{text}; it goes on as before"
+            self._say("error", text)
             return
         with self._lock:
             old, self._session, self._stylizer = self._session, session, stylizer

@@ -171,3 +171,21 @@ def test_what_cannot_be_is_refused_and_changes_nothing(
         stream.patch({key: value})
     assert stream.params == before
     until(lambda: (camera.show(100), stream.phase == "live")[1])
+
+
+def test_what_the_model_cannot_have_is_said_and_the_picture_goes_on(tmp_path: Path) -> None:
+    model = random_folder(tmp_path / "plain", "sd")
+    hub = Hub(LiveSettings(model=str(model), engine="torch", box=SIZE, stall_s=30.0))
+    try:
+        stream, camera, events = hub.open("cam"), Camera(SIZE), hub.events.subscribe(100)
+        stream.feed(lambda size, fit: camera, "a test", retry=False)
+        until(lambda: (camera.show(100), stream.phase == "live")[1])
+        stream.patch({"temporal.window": 4})  # it has no motion adapter
+        said = next(event for event in iter(lambda: events.get(PATIENCE), None) if event.kind == "error")
+        assert "no motion adapter" in said.text
+        assert "goes on as before" in said.text
+        seen = stream.meter.frames_out
+        until(lambda: (camera.show(100), stream.meter.frames_out > seen + 1)[1])
+        assert (stream.phase, stream.error) == ("live", None)
+    finally:
+        hub.close()
