@@ -216,6 +216,8 @@ class LatentStylizer:
             prepared = self._follow(state, params.style)
         with stages("encode"):
             (raw,) = self.networks.encode(picture)
+            if state.batch is not None and self.networks.concatenates:
+                raw = raw.clone()  # needed until the frame is through, and the engine's own only until its next call
         unet_before = stages.ms.get("unet", 0.0)
         with stages("schedule"):
             frame = self._entering(state, raw, prepared, params)

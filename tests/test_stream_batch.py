@@ -79,8 +79,10 @@ def test_openvino_paints_the_same(folder: Path) -> None:
     script = [(image, settings(), False) for image in clip(6)]
     one = load(str(folder), SIZE, engine="openvino")
     many = load(str(folder), SIZE, engine="openvino", structure=structure_of(settings()))
-    apart = [np.abs(a.astype(int) - b).mean() for a, b in zip(play(one, script), play(many, script), strict=True)]
-    assert max(apart) <= 1
+    wanted, found = play(one, script), play(many, script)
+    apart = [np.abs(a.astype(int) - b).mean() for a, b in zip(wanted, found, strict=True)]
+    others = [np.abs(a.astype(int) - b).mean() for a, b in zip(wanted[1:], found, strict=False)]
+    assert max(apart) <= min(1.0, 0.2 * min(others))  # no other frame's picture, nor a mixture
 
 
 def test_what_needs_the_last_result_is_refused() -> None:
