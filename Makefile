@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check fmt clean
+.PHONY: help demo test gpu check fmt clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -14,6 +14,9 @@ demo: .venv/ready ## stylize the built-in moving picture with the embedded model
 
 test: .venv/ready ## run the tests
 	$(BIN)/python -m pytest
+
+gpu: ## with an NVIDIA GPU and no network: its tests and all benchmarks, into bench/results; again goes on
+	@sh scripts/gpu
 
 check: .venv/ready ## lint, format check, types
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def missing(name: str) -> UserError | None:
         if not _has_cuda():
             return UserError(f"{name}: no CUDA device", hint="use --engine openvino or --engine torch, or auto")
         if name == "tensorrt":
-            return UserError("tensorrt: not in this version", hint="use --engine torch-cuda, or auto")
+            return _tensorrt_lack()
     if name == "openvino":
         try:
             from accel.openvino_backend import library
@@ -75,9 +75,30 @@ def _make(name: str, threads: int | None) -> Backend:
         from accel.null_backend import NullBackend
 
         return NullBackend()
+    if name == "tensorrt":
+        from accel.tensorrt_backend import TensorRTBackend
+
+        return TensorRTBackend()
+    if name == "torch-cuda":
+        from accel.cuda_backend import CudaBackend
+
+        return CudaBackend()
     from accel.torch_backend import TorchBackend
 
-    return TorchBackend("cuda" if name == "torch-cuda" else "cpu")
+    return TorchBackend()
+
+
+def _tensorrt_lack() -> UserError | None:
+    """Which of the two TensorRTs serves the card that is here, and works, is `accel.tensorrt_provider`'s to know."""
+    import torch
+
+    from accel.tensorrt_provider import lack
+
+    try:
+        major, minor = torch.cuda.get_device_capability()
+    except (RuntimeError, AssertionError) as error:  # how a PyTorch without CUDA says so
+        return UserError(f"tensorrt: no CUDA device ({error})", hint="use --engine torch, or auto")
+    return lack(f"sm_{major}{minor}")
 
 
 def _has_torch() -> bool:

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any
 
 from accel.errors import UserError
+from bench import load, record
+from bench.latency_report import BLOCKS, Block, Lane, metrics, report
 from models.params import Params
-from stream.meter import percentiles
 from stream.pump import start_pump
 from stream.session import Session
 from stream.sink import open_sink
 from stream.source import open_source
 from stream.worker import Worker
 
-if TYPE_CHECKING:
-    from models.stylizer import Stylizer
-
-BLOCKS = 4  # per engine; engines take turns, in the reverse order every other time, so that drift cancels
+LOADED = (False, True, True, False)  # of two blocks, and the same again: the kinds lie alike in time
 WARM_UP = 8  # frames of each engine that are not counted
-NETWORKS = ("encode", "unet", "decode")
 PATIENCE = 600.0  # s for one block
-
-
-@dataclass(slots=True)
-class Lane:
-    """One engine and what was measured of it, ms."""
-
-    worker: Worker
-    stylizer: Stylizer
-    info: dict[str, Any]
-    rates: list[float] = field(default_factory=list)  # fps of each block
-    latencies: list[float] = field(default_factory=list)
-    stages: dict[str, list[float]] = field(default_factory=dict)
-    captured: int = 0  # live
-    dropped: int = 0
 
 
 def measure(
@@ -46,33 +28,46 @@ def measure(
     size: tuple[int, int] = (512, 288),
     frames: int = 240,
     log: Callable[[str], None] = lambda line: None,
+    *,
+    settings: Sequence[str] = (),
+    beside_load: bool = False,
 ) -> dict[str, Any]:
-    """Run the same `frames` on every engine in one process, in interleaved blocks, and report.
+    """Run the same `frames` on every engine in one process, in interleaved blocks, and return a record.
 
     Rate and stages come from reading as fast as possible; latency from the same frames at the source's own rate, as
-    from a camera, where a busy engine drops frames. The last engine is what `ratio` refers to.
+    from a camera, where a busy engine drops frames. The last engine is what `ratio` refers to. `beside_load`: as many
+    blocks again with a busy process per core beside them. Raises UserError.
     """
-    from models.load import load
+    from models.load import load as load_model
+    from models.structure import structure_of
+    from stream.config import load_params
 
     if not engines or len(set(engines)) < len(engines):
         raise UserError(f"engines to compare: {', '.join(engines) or 'none'}", hint="name each engine once")
+    params = load_params(sets=settings, model=model)
+    started = record.start()
     opened = open_source(source, size=size)
     shape = (opened.spec.width, opened.spec.height)
     opened.close()
     lanes: dict[str, Lane] = {}
+    per_block = max(2, -(-frames // BLOCKS))
     with ExitStack() as workers:
         for engine in engines:
-            stylizer = load(model, shape, engine, log)
+            stylizer = load_model(model, shape, engine, log, structure=structure_of(params))
             worker = workers.enter_context(Worker(stylizer))
             lanes[engine] = Lane(worker, stylizer, dict(stylizer.info))
-            _play(lanes[engine], source, size, WARM_UP, realtime=False)
-        per_block = max(2, -(-frames // BLOCKS))
-        for block in range(BLOCKS):
-            log(f"block {block + 1} of {BLOCKS}")
-            order = engines if block % 2 == 0 else engines[::-1]
-            for engine in order:
-                _block(lanes[engine], source, size, per_block)
-    return _report(lanes, source, model, shape, per_block * BLOCKS)
+            _play(lanes[engine], source, size, WARM_UP, params, realtime=False)
+        plan = [LOADED[i % len(LOADED)] for i in range(2 * BLOCKS)] if beside_load else [False] * BLOCKS
+        for turn, loaded in enumerate(plan):
+            log(f"block {turn + 1} of {len(plan)}{', beside a busy process per core' if loaded else ''}")
+            for engine in engines if turn % 2 == 0 else engines[::-1]:
+                lane = lanes[engine]
+                with load.beside(load.cores()) if loaded else nullcontext():
+                    block = _block(lane, source, size, per_block, params)
+                (lane.beside_load if loaded else lane.blocks).append(block)
+    work: dict[str, Any] = {**record.model_of(model), **record.source_of(source), "size": f"{shape[0]}x{shape[1]}"}
+    work |= {"frames": per_block * BLOCKS, "settings": record.changed(params)}
+    return record.record("latency", started, work, metrics(lanes), report(lanes, work))
 
 
 def text(report: dict[str, Any]) -> str:
@@ -88,21 +83,16 @@ def _table(section: dict[str, Any]) -> str:
     return "\n".join([section["title"], *lines])
 
 
-def _block(lane: Lane, source: str, size: tuple[int, int], frames: int) -> None:
-    meter = _play(lane, source, size, frames, realtime=False).meter
-    lane.rates.append(meter.fps())
-    for name, times in meter.samples()[1].items():
-        lane.stages.setdefault(name, []).extend(times)
-    live = _play(lane, source, size, frames, realtime=True).meter
-    lane.latencies.extend(live.samples()[0])
-    lane.captured += live.frames_in
-    lane.dropped += live.dropped
+def _block(lane: Lane, source: str, size: tuple[int, int], frames: int, params: Params) -> Block:
+    meter = _play(lane, source, size, frames, params, realtime=False).meter
+    live = _play(lane, source, size, frames, params, realtime=True).meter
+    return Block(meter.fps(), meter.samples()[1], live.samples()[0], live.frames_in, live.dropped)
 
 
-def _play(lane: Lane, url: str, size: tuple[int, int], frames: int, *, realtime: bool) -> Session:
+def _play(lane: Lane, url: str, size: tuple[int, int], frames: int, params: Params, *, realtime: bool) -> Session:
     source = open_source(url, size=size, realtime=realtime)
     live = source.spec.live
-    session = lane.worker.open(Params(), live)
+    session = lane.worker.open(params, live)
     session.attach(open_sink("null", source.spec), lossless=not live)
     reader = start_pump(lambda: open_source(url, size=size), session, first=source, frames=frames)
     if not session.join(PATIENCE):
@@ -112,92 +102,3 @@ def _play(lane: Lane, url: str, size: tuple[int, int], frames: int, *, realtime:
     if session.error:
         raise session.error
     return session
-
-
-def _report(lanes: dict[str, Lane], source: str, model: str, size: tuple[int, int], frames: int) -> dict[str, Any]:
-    from bench.machine import describe
-
-    results = {engine: _result(lane) for engine, lane in lanes.items()}
-    reference = list(lanes)[-1]
-    for result in results.values():
-        result["ratio"] = round(result["fps"] / results[reference]["fps"], 3) if results[reference]["fps"] else 0.0
-    return {
-        "title": f"Latency of {model} at {size[0]}x{size[1]}",
-        "summary": f"{frames} frames of {source} per engine, engines taking turns in {BLOCKS} blocks.",
-        "machine": describe(),
-        "source": source,
-        "model": model,
-        "size": f"{size[0]}x{size[1]}",
-        "frames": frames,
-        "reference": reference,
-        "engines": results,
-        "sections": _sections(lanes, results, reference),
-    }
-
-
-def _sections(lanes: dict[str, Lane], results: dict[str, Any], reference: str) -> list[dict[str, Any]]:
-    columns = ["engine", "fps", f"× {reference}", "p50 ms", "p95 ms", "p99 ms", "dropped live", "outside networks"]
-    rows = [
-        [
-            *(engine, f"{r['fps']:.1f}", f"{r['ratio']:.2f}"),
-            *(f"{r['latency_ms'][percent]:.1f}" for percent in ("p50", "p95", "p99")),
-            *(f"{r['dropped_share']:.0%}", f"{r['outside_networks']:.0%}"),
-        ]
-        for engine, r in results.items()
-    ]
-    stages = list(dict.fromkeys(name for r in results.values() for name in r["stages_ms"]))
-    groups = [
-        {
-            "label": name,
-            "bars": [
-                {"label": engine, "value": r["stages_ms"][name]["p50"], "high": r["stages_ms"][name]["p95"]}
-                for engine, r in results.items()
-                if name in r["stages_ms"]
-            ],
-        }
-        for name in stages
-    ]
-    return [
-        {
-            "kind": "table",
-            "title": "Rate and latency",
-            "note": "Rate: read as fast as possible. Latency: capture to sink, at the source's own rate, newest wins.",
-            "columns": columns,
-            "rows": rows,
-        },
-        {"kind": "bars", "title": "Stages, p50 and p95", "unit": "ms", "groups": groups},
-        {
-            "kind": "histogram",
-            "title": "Latency",
-            "unit": "ms",
-            "series": [{"label": engine, "values": lane.latencies} for engine, lane in lanes.items()],
-        },
-        {
-            "kind": "lines",
-            "title": "Rate of each block",
-            "x": "block",
-            "y": "fps",
-            "series": [
-                {"label": engine, "x": list(range(1, BLOCKS + 1)), "y": lane.rates} for engine, lane in lanes.items()
-            ],
-        },
-    ]
-
-
-def _result(lane: Lane) -> dict[str, Any]:
-    # Equal blocks: the rate over all of them is the harmonic mean.
-    fps = len(lane.rates) / sum(1 / rate for rate in lane.rates) if all(lane.rates) else 0.0
-    in_networks = sum(sum(lane.stages[name]) / len(lane.stages[name]) for name in NETWORKS if name in lane.stages)
-    p50, p95, p99 = percentiles(lane.latencies, (50, 95, 99))
-    stages = {name: percentiles(times, (50, 95)) for name, times in lane.stages.items()}
-    return {
-        "fps": round(fps, 2),
-        "fps_blocks": [round(rate, 2) for rate in lane.rates],
-        "latency_ms": {"p50": p50, "p95": p95, "p99": p99},
-        "dropped_share": round(lane.dropped / lane.captured, 4) if lane.captured else 0.0,
-        "stages_ms": {name: {"p50": low, "p95": high} for name, (low, high) in stages.items()},
-        "outside_networks": round(max(0.0, 1 - in_networks * fps / 1000), 4),  # of the time per frame
-        "engine": lane.info.get("engine"),
-        "device": lane.info.get("device"),
-        "versions": lane.info.get("versions", {}),
-    }

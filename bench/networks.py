@@ -25,6 +25,7 @@ def measure_model(
 
     from accel.select import ORDER, choose, missing
     from bench.engines import Network, measure
+    from bench.record import model_of
     from models.load import compiled_graphs
 
     chosen = [choose(name) for name in engines or [name for name in ORDER if missing(name) is None]]
@@ -37,7 +38,8 @@ def measure_model(
         name: Network(graph.build, graph.spec, tuple(_example(spec) for spec in graph.spec.inputs))
         for name, graph in compiled_graphs(model, size).items()
     }
-    return measure(networks, [choice.backend for choice in chosen], n)
+    work = {**model_of(model), "size": f"{size[0]}x{size[1]}"}
+    return measure(networks, [choice.backend for choice in chosen], n, work=work)
 
 
 def _example(spec: TensorSpec) -> Tensor:
@@ -47,6 +49,8 @@ def _example(spec: TensorSpec) -> Tensor:
     dtype = getattr(torch, spec.dtype)
     if len(spec.shape) == 1:
         return torch.full(spec.shape, 499, dtype=dtype)
+    if dtype == torch.uint8:  # a picture as it comes from the camera
+        return torch.randint(256, spec.shape, dtype=dtype)
     if not dtype.is_floating_point:  # sizes, of SDXL's conditioning
         return torch.full(spec.shape, 512, dtype=dtype)
     if len(spec.shape) == 4 and spec.shape[1] == 3:

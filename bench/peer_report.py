@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench import record
 from bench.peer_lanes import Image, Work
 from bench.peer_process import Lane
 from bench.peer_streamdiffusion import PACKAGE, VERSION
@@ -42,44 +39,38 @@ class Run:
 def report(
     runs: dict[str, Run],
     work: Work,
-    source: str,
-    model: str | None,
-    machine: dict[str, str],
+    told: dict[str, str],
+    started: record.Start,
     equal: dict[str, float],
 ) -> dict[str, Any]:
-    """JSON-able, with sections for `bench.report`; `equal` is `peer_lanes.difference`."""
+    """The record; `told` is what tells model and source in it, `equal` is `peer_lanes.difference`."""
     fastest = max(
         (name for name in runs if name.startswith(PACKAGE)), key=lambda name: statistics.mean(runs[name].rates)
     )
     results = {name: _result(run, runs[fastest], runs[f"{PACKAGE} {REFERENCE}"]) for name, run in runs.items()}
     shape, frames = f"{work.size[0]}x{work.size[1]}", sum(map(len, runs[fastest].blocks))
-    return {
+    done = {**told, "size": shape, "steps": work.steps, "strength": work.strength, "prompt": work.prompt}
+    done |= {"batch": work.batch, "frames": frames, "threads": work.threads}
+    started.machine.update({"torch threads": str(work.threads), PACKAGE: VERSION})
+    found = {
         "title": f"livestyle and StreamDiffusion {VERSION} at {shape}, {work.steps} step{'s' * (work.steps > 1)}",
         "summary": (
-            f"{frames} frames of {source} each, in turns of {BLOCKS} blocks; {work.threads} threads, {work.device}. "
+            f"{frames} frames of {told['source']} each, in {BLOCKS} turns; {work.threads} threads, {work.device}. "
             f"In float32 the two differ by {equal['max']:.1g} of 1 at most, {equal['mean']:.1g} on average."
         ),
-        "machine": {
-            **machine,
-            "torch threads": str(work.threads),
-            PACKAGE: VERSION,
-            "commit": commit(),
-            "command": command(),
-        },
-        "source": source,
-        "model": model or "small random networks",
-        "size": shape,
-        "steps": work.steps,
-        "strength": work.strength,
-        "prompt": work.prompt,
-        "batch": work.batch,
-        "frames": frames,
-        "threads": work.threads,
-        "device": work.device,
         "fastest_peer": fastest,
         "equal_in_float32": equal,
-        "lanes": results,
+        "results": results,
         "sections": _sections(runs, results, fastest),
+    }
+    return record.record("peers", started, done, {name: _metrics(run) for name, run in runs.items()}, found)
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    return {
+        "rate": record.metric("fps", "higher", [[rate] for rate in run.rates]),
+        "frame": record.metric("ms", "lower", run.blocks),
+        "memory": record.metric("MB", "lower", [[run.memory]]),
     }
 
 
@@ -155,18 +146,3 @@ def _sections(runs: dict[str, Run], results: dict[str, Any], fastest: str) -> li
             "series": [{"label": name, "values": values} for name, values in times.items()],
         },
     ]
-
-
-def commit() -> str:
-    """The commit that is measured, "+" where files differ from it; "" outside a checkout."""
-    root = Path(__file__).parents[1]
-    asked = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def command() -> str:
-    """The command line of this run, without the path of the program."""
-    return " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])

@@ -11,6 +11,7 @@ from typing import Any
 
 from accel.errors import UserError
 from accel.machine import physical_cores
+from bench import record
 from bench.peer_lanes import FORMS, Image, Work
 from bench.peer_process import Lane
 from bench.peer_report import BLOCKS, REFERENCE, Run, report
@@ -40,11 +41,9 @@ def measure(
     Every one has a process of its own; a frame is timed from its bytes to those of the picture. Without a `model` the
     networks are small and random; `batch` is for ours. `ratio` refers to the peer's fastest form. Raises UserError.
     """
-    from bench.machine import describe
-
     if lack := missing_peer():
         raise lack
-    machine = describe()
+    started = record.start()
     with ExitStack() as stack:
         device = _device()
         folder, environment = stack.enter_context(_folder(model))
@@ -63,7 +62,8 @@ def measure(
         _play(runs, max(1, -(-frames // BLOCKS)), log)
         log("comparing the pictures in float32")
         equal = lanes[f"{PACKAGE} {REFERENCE}"].ask("difference", COMPARED)
-    return report(runs, work, source, model, machine, equal)
+        told = record.model_of(str(folder)) | {"model": record.place_free(model) if model else "small random networks"}
+    return report(runs, work, told | record.source_of(source), started, equal)
 
 
 def _device() -> str:

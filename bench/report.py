@@ -9,10 +9,12 @@ and a section is one of these, each with a "title" and, where wanted, a "note":
     {"kind": "table", "columns": [str, …], "rows": [[str | number | None, …], …]}
     {"kind": "bars", "unit": str, "groups": [{"label", "bars": [{"label", "value", "high"?}, …]}, …]}
     {"kind": "lines", "x": str, "y": str, "series": [{"label", "x": [number, …], "y": [number, …]}, …]}
+    {"kind": "intervals", "one": number, "rows": [{"label", "value", "low", "high"}, …]}    about a line at `one`
     {"kind": "pictures", "rows": [{"label": str, "image": base64 of a JPEG}, …]}
     {"kind": "histogram", "unit": str, "series": [{"label", "values": [number, …]}, …], "bins"?: int}
 
-One label has one colour throughout the page. Other keys of the report are left alone.
+One label has one colour throughout the page. Of a record (see `bench.record`) the work and the run are shown too; other
+keys of the report are left alone.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ WIDTH, HEIGHT = 760, 240  # of a plot, in SVG units
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 38
 COLOURS = 6  # --s0 … --s5 in the template; further labels begin again
 ROW, GAP, LABEL = 22, 14, 190  # of a bar chart
+RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # ticks of ratios that lie far apart
+WIDE = 3.0  # the greatest to the least, from which on they do: their axis is logarithmic, and ends at the last of these
+CHARACTER = 6.4  # width of a letter of a label, about
 
 
 def html(report: dict[str, Any]) -> str:
@@ -37,6 +42,7 @@ def html(report: dict[str, Any]) -> str:
 
     colours = _colours(report["sections"])
     draw = {"table": _table, "pictures": _table, "bars": _bars, "lines": _lines, "histogram": _histogram}
+    draw |= {"intervals": _intervals}
     sections = []
     for section in report["sections"]:
         if section["kind"] not in draw:
@@ -85,6 +91,30 @@ def _bars(section: dict[str, Any], colours: dict[str, int]) -> dict[str, Any]:
         y += GAP
     axis = [{"x": LABEL + t * scale, "text": number(t)} for t in ticks]
     return {"groups": groups, "axis": axis, "left": LABEL, "row": ROW, "bottom": y - GAP + 4, "width": WIDTH}
+
+
+def _intervals(section: dict[str, Any], colours: dict[str, int]) -> dict[str, Any]:
+    rows, one = section["rows"], float(section["one"])
+    left = max([LABEL, *(CHARACTER * len(row["label"]) + 16 for row in rows)])
+    low, high = (bound([one, *(row[which] for row in rows)]) for bound, which in ((min, "low"), (max, "high")))
+    wide = high > WIDE * low
+    ticks = [t * one for t in RATIOS] if wide else _ticks(low, high)
+    if wide:  # from the last tick below all to the first above
+        low, high = max(low, ticks[0]), min(high, ticks[-1])
+        ticks = ticks[sum(t <= low for t in ticks) - 1 : len(ticks) - sum(t >= high for t in ticks) + 1]
+
+    def px(value: float) -> float:
+        value = min(max(value, ticks[0]), ticks[-1])
+        begin, end, at = (math.log(v) if wide else v for v in (ticks[0], ticks[-1], value))
+        return left + (at - begin) / (end - begin) * (WIDTH - left - 60)
+
+    placed = [
+        {**row, "y": 8.0 + (i + 0.5) * ROW, "x": px(row["value"]), "x0": px(row["low"]), "x1": px(row["high"])}
+        for i, row in enumerate(rows)
+    ]
+    axis = [{"x": px(t), "text": number(t)} for t in ticks]
+    bottom = 12.0 + ROW * len(rows)
+    return {"rows": placed, "axis": axis, "left": left, "one": px(one), "bottom": bottom, "width": WIDTH}
 
 
 def _lines(section: dict[str, Any], colours: dict[str, int]) -> dict[str, Any]:

@@ -25,8 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.errors import UserError
-from bench import metrics
-from bench.machine import describe
+from bench import metrics, record
 from models.flow import Dis
 from models.lane import FrameLane, frame_lane
 from models.params import Params, Temporal
@@ -43,6 +42,10 @@ STRIP = 6  # pictures side by side
 REFINERS = ("analytic", "learned")
 SAMPLED = 8
 FLOWS = 16
+COMPARED = {  # of a row: its name, unit, and which is better, for `bench.compare`
+    "ratio": ("E_warp left", "of 1", "lower"),
+    "psnr": ("PSNR", "dB", "higher"),
+}
 BLURS = (0.4, 6.0)  # σ searched for the blur of equal E_warp, pixels
 
 
@@ -75,6 +78,7 @@ def measure(
     """The report of all three questions on the first `frames` of every source. Raises UserError for a bad source."""
     if frames < 2:
         raise UserError("steadiness needs at least two frames", hint="--frames 96")
+    started = record.start()
     flicker: list[dict[str, Any]] = []
     seeds: list[dict[str, Any]] = []
     modes: list[dict[str, Any]] = []
@@ -92,7 +96,11 @@ def measure(
         shown = _late(scene)
         modes += [_late_row(scene, name, clip) for name, clip in shown.items()]
         strips.append(_strip(scene, {"source": scene.source, "frame-wise": shaken, **rows, **shown}))
-    return _report(model, size, frames, prompt, flicker, seeds, modes, strips)
+    told = [record.source_of(url) for url in sources]
+    work: dict[str, Any] = {**record.model_of(model), "sources": told, "size": f"{size[0]}x{size[1]}"}
+    work |= {"frames": frames, "prompt": prompt}
+    report = _report(model, size, frames, prompt, flicker, seeds, modes, strips)
+    return record.record("temporal", started, work, _lanes(report["results"]), report)
 
 
 def _params(prompt: str) -> Params:
@@ -243,6 +251,23 @@ def _strip(scene: Scene, clips: dict[str, Clip]) -> dict[str, Any]:
     return {"kind": "pictures", "title": f"{scene.name}: {STRIP} frames in a row", "rows": rows}
 
 
+def _lanes(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """A lane for every question and variant, a block for every clip."""
+    lanes: dict[str, dict[str, Any]] = {}
+    for part, rows in results.items():
+        for what in dict.fromkeys(row["what"] for row in rows):
+            mine = [row for row in rows if row["what"] == what]
+            found = {
+                name: [[row[key]] for row in mine if row.get(key) is not None] for key, (name, *_) in COMPARED.items()
+            }
+            lanes[f"{part}: {what}"] = {
+                name: record.metric(unit, better, found[name])
+                for name, unit, better in COMPARED.values()
+                if found[name]
+            }
+    return lanes
+
+
 def _report(
     model: str,
     size: tuple[int, int],
@@ -257,7 +282,6 @@ def _report(
     return {
         "title": "Steadiness",
         "summary": summary,
-        "machine": describe(),
         "results": {"flicker": flicker, "seeds": seeds, "modes": modes},
         "sections": [
             _table("Known flicker", "PSNR to the clean result; detail against it", flicker),

@@ -27,7 +27,7 @@ from aiortc.mediastreams import MediaStreamError
 from numpy.typing import NDArray
 
 from accel.errors import UserError
-from bench import clockcode
+from bench import clockcode, record
 from stream.coder import PictureCoder
 from stream.frame import Frame
 from stream.meter import percentiles
@@ -91,6 +91,7 @@ def measure(
         raise UserError(
             f"a width of {size[0]}", hint=f"the code in the picture wants a multiple of {clockcode.COLUMNS}"
         )
+    started = record.start()
     opened = open_source(source, size=size, fit="stretch")
     try:
         pictures = [frame.image for frame in islice(opened.frames(), CLIP_FRAMES)]
@@ -105,7 +106,10 @@ def measure(
             f"the time in {seen.unread} of {seen.unread + len(seen.ages_ms)} pictures could not be read",
             hint="the style hides it: --set style.prompt=photo",
         )
-    return _report(seen, status, size, fps, seconds)
+    work: dict[str, Any] = {**record.model_of(model), **record.source_of(source), "size": f"{size[0]}x{size[1]}"}
+    work |= {"camera_fps": fps, "seconds": seconds, "settings": dict(s.partition("=")[::2] for s in settings)}
+    lanes = {str(status["engine"]): _metrics(seen, status, seconds)}
+    return record.record("transport", started, work, lanes, _report(seen, status, size, fps, seconds))
 
 
 @contextmanager
@@ -198,9 +202,18 @@ def _get(url: str) -> dict[str, Any]:
     return found
 
 
-def _report(seen: Seen, status: dict[str, Any], size: tuple[int, int], fps: float, seconds: float) -> dict[str, Any]:
-    from bench.machine import describe
+def _metrics(seen: Seen, status: dict[str, Any], seconds: float) -> dict[str, Any]:
+    ages, n = seen.ages_ms, len(seen.ages_ms)
+    quarters = [ages[i * n // 4 : (i + 1) * n // 4] for i in range(4)]
+    added = percentiles(ages, (50,))[0] - status["latency_ms"]["p50"]
+    return {
+        "glass to glass": record.metric("ms", "lower", quarters),
+        "rate": record.metric("fps", "higher", [[(n + seen.unread) / seconds]]),
+        "transport p50": record.metric("ms", "lower", [[added]]),
+    }
 
+
+def _report(seen: Seen, status: dict[str, Any], size: tuple[int, int], fps: float, seconds: float) -> dict[str, Any]:
     glass = percentiles(seen.ages_ms, (50, 95, 99))
     pipeline = [status["latency_ms"][name] for name in ("p50", "p95", "p99")]
     transport = [round(a - b, 1) for a, b in zip(glass, pipeline, strict=True)]
@@ -212,7 +225,6 @@ def _report(seen: Seen, status: dict[str, Any], size: tuple[int, int], fps: floa
         "title": "Glass to glass over WebRTC",
         "summary": f"{status['model']} on {status['engine']}, {size[0]}×{size[1]}, camera at {fps:g} fps, "
         f"shown at {shown / seconds:.1f} fps for {seconds:g} s; transport adds {transport[0]:.0f} ms (p50)",
-        "machine": describe(),
         "results": {
             "glass_ms": dict(zip(("p50", "p95", "p99"), glass, strict=True)),
             "pipeline_ms": status["latency_ms"],

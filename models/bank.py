@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from accel.engine import TensorSpec
 from accel.errors import UserError
+from accel.transfer import Verdict
 from models.rolling import HIDDEN
 from models.self_attention import Only, Past, SelfAttention, self_attentions, take_over
 from models.unet import Call
@@ -147,6 +148,7 @@ class BankMemory:
         self.sinks = 1 if sink and bank.slots > 1 else 0
         self.stored = [0] * rows  # frames so far
         self.since = [0] * rows  # diffused frames since the last one was stored
+        self._verdicts = [Verdict() for _ in range(rows)]
         dtype: torch.dtype = getattr(torch, bank.dtype)
         with torch.inference_mode(False):  # or, made while a frame is computed, nothing else could write to them
             self.tensors = {
@@ -160,6 +162,9 @@ class BankMemory:
 
     def inputs(self, call: Call) -> Mapping[str, Tensor]:
         """The bank of the call's rows: views, not copies."""
+        if next(iter(self.tensors.values())).device != call.z.device:  # only the first time
+            with torch.inference_mode(False):
+                self.tensors = {name: tensor.to(call.z.device) for name, tensor in self.tensors.items()}
         filled = torch.tensor([[slot < self.stored[row] for slot in range(self.bank.slots)] for row in call.rows])
         given = {name: tensor[call.rows.start : call.rows.stop] for name, tensor in self.tensors.items()}
         if self.bank.fuses:
@@ -182,9 +187,12 @@ class BankMemory:
 
     def _store(self, row: int, new: Mapping[str, Tensor]) -> None:
         """Put a frame, (S, C) of each tensor, into the row's next slot."""
-        if not torch.stack([tensor.sum(dtype=torch.float32) for tensor in new.values()]).isfinite().all():
+        sound = torch.stack([tensor.sum(dtype=torch.float32) for tensor in new.values()]).isfinite().all()
+        if self._verdicts[row].refused(sound):
             self.reset(row)
             return
+        if sound.device.type != "cpu":  # what is not will be known a frame later; until then it must not be in there
+            new = {name: torch.where(sound, tensor, 0) for name, tensor in new.items()}
         slot = self.stored[row]
         if slot >= self.sinks:
             slot = self.sinks + (slot - self.sinks) % (self.bank.slots - self.sinks)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -168,7 +169,7 @@ def evaluated(network: Network, flights: Sequence[Trajectory | None], width: int
         output = network(
             Rows(
                 z=torch.cat([f.cond.joined(f.z, kind) for _, kind, f in filled]),
-                t=torch.tensor([float(f.schedule.steps[k].t) for k, _, f in filled], device=filled[0][2].z.device),
+                t=timesteps(tuple(f.schedule.steps[k].t for k, _, f in filled), filled[0][2].z.device),
                 prompt=tuple(torch.cat(parts) for parts in zip(*prompts, strict=True)),
                 rows=rows,
                 kinds=tuple(kind for _, kind, _ in filled),
@@ -183,6 +184,13 @@ def evaluated(network: Network, flights: Sequence[Trajectory | None], width: int
             k, kind, _ = asked[row]
             found[k][kind] = output[row - first : row - first + 1]
     return found
+
+
+@lru_cache(maxsize=64)
+def timesteps(steps: tuple[int, ...], device: torch.device) -> Tensor:
+    """(n,) float32; made once, since a device waits for what comes from the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(steps, dtype=torch.float32, device=device)
 
 
 def stepped(frame: Trajectory, k: int, outputs: dict[Pass, Tensor], before: Tensor | None = None) -> Trajectory:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.pixels import resized
+
 SCALE = np.full(4, 1 / 255)  # per channel: OpenCV takes four of them for a scalar
 UNSCALE = np.full(4, 255.0)
 
@@ -57,7 +59,7 @@ def resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
     if picture.device.type == "cpu":
         how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
         return to_tensor(cv2.resize(to_pixels(picture), size, interpolation=how))
-    return F.interpolate(picture, (height, width), mode="area" if smaller else "bilinear")
+    return resized(picture, size)
 
 
 def box(picture: Tensor, radius: int) -> Tensor:
@@ -107,8 +109,7 @@ def grey(picture: Tensor) -> Tensor:
     """Luma (BT.601), (1, 1, H, W)."""
     if picture.device.type == "cpu":
         return to_tensor(cv2.cvtColor(to_pixels(picture), cv2.COLOR_RGB2GRAY))
-    weights = torch.tensor([0.299, 0.587, 0.114], device=picture.device).view(1, 3, 1, 1)
-    return (picture * weights).sum(1, keepdim=True)
+    return 0.299 * picture[:, :1] + 0.587 * picture[:, 1:2] + 0.114 * picture[:, 2:]
 
 
 def sample(field: Tensor, flow: Tensor) -> Tensor:
@@ -160,10 +161,18 @@ def _remap(pixels: NDArray[np.float32], places: NDArray[Any], how: int) -> NDArr
 
 
 def _torch_places(flow: Tensor) -> Tensor:
-    return flow + torch.from_numpy(_columns_rows(*flow.shape[2:])).permute(2, 0, 1).to(flow)
+    return flow + _torch_columns_rows(flow.shape[2], flow.shape[3], flow.device)
+
+
+@lru_cache(maxsize=8)
+def _torch_columns_rows(height: int, width: int, device: torch.device) -> Tensor:
+    """Every pixel's own x and y, (2, H, W); made once, since a device waits for what comes from the host."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(_columns_rows(height, width)).permute(2, 0, 1).contiguous().to(device)
 
 
 def _grid(places: Tensor) -> Tensor:
     """Pixel places (1, 2, H, W) → `grid_sample`'s coordinates."""
-    size = torch.tensor(places.shape[:1:-1], device=places.device, dtype=places.dtype)
-    return (places.permute(0, 2, 3, 1) * 2 + 1) / size - 1
+    height, width = places.shape[2:]
+    x, y = places[:, 0], places[:, 1]
+    return torch.stack([(x * 2 + 1) / width - 1, (y * 2 + 1) / height - 1], 3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
 
 from accel.engine import Backend
 from models.adapters import Loras
@@ -97,7 +99,7 @@ def load(
             progress(graph.spec.name, done)
             part.engines[name] = backend.load(graph.build, graph.spec, cache)
     checker = SafetyChecker(backend.load(safety.build, safety.spec, cache)) if safety else None
-    vae = folder.config("vae")
+    vae, device = folder.config("vae"), tensors_on(backend)
     networks = Networks(
         encode=engines["encode"],
         unet=engines["unet"],
@@ -114,13 +116,27 @@ def load(
         checker=checker,
         timesteps=recipe.timesteps,
         sampler=recipe.sampler,
-        time_ids=size_ids(size) if folder.pooled_width() else None,
+        time_ids=size_ids(size).to(device) if folder.pooled_width() else None,
+        device=device,
     )
     packages = ("torch", "diffusers", "transformers", "openvino", "av", "numpy")
     info: dict[str, object] = {
         "model": model,
         "engine": backend.name,
         "device": backend.device,
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: number for name in packages if (number := installed(name))},
     }
     return LatentStylizer(networks, info)
+
+
+def installed(package: str) -> str:
+    """The version of a package, "" where it is not there: openvino need not be."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def tensors_on(backend: Backend) -> torch.device:
+    """Where tensors on their way from one of its engines to the next are to be: on the GPU, if that is its device."""
+    return torch.device(backend.device if backend.device.startswith(("cuda", "meta")) else "cpu")

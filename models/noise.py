@@ -16,8 +16,8 @@ def drifted(noise: Tensor, travel: Tensor | None) -> Tensor:
     if travel is None:
         return noise
     height, width = noise.shape[2:]
-    x = (torch.arange(width) + travel[0, 0]).round().long() % width
-    y = (torch.arange(height)[:, None] + travel[0, 1]).round().long() % height
+    x = (torch.arange(width, device=noise.device) + travel[0, 0]).round().long() % width
+    y = (torch.arange(height, device=noise.device)[:, None] + travel[0, 1]).round().long() % height
     return noise[:, :, y, x]
 
 

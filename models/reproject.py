@@ -10,7 +10,7 @@ itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import cast
 
 import torch
@@ -175,5 +175,12 @@ class Key:
 
 def scaled(flow: Tensor, size: tuple[int, int]) -> Tensor:
     """A flow at another size, (width, height), in that size's pixels."""
-    factors = torch.tensor([size[0] / flow.shape[3], size[1] / flow.shape[2]], device=flow.device).view(1, 2, 1, 1)
+    factors = _factors(size[0] / flow.shape[3], size[1] / flow.shape[2], flow.device)
     return resize(flow * factors, size)
+
+
+@lru_cache(maxsize=16)
+def _factors(across: float, down: float, device: torch.device) -> Tensor:
+    """(1, 2, 1, 1); made once, since a device waits for what comes from the host."""
+    with torch.inference_mode(False):
+        return torch.tensor([across, down], device=device).view(1, 2, 1, 1)

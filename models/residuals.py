@@ -129,13 +129,13 @@ class Controls:
 
     def inputs(self, call: Call) -> dict[str, Tensor]:
         """The sums over all units that speak in this call; zeros where none does."""
+        self._move(call.z.device)
         filled: set[str] = set()
         for name, engine in self._engines.items():
             rows = [self._row(name, len(engine.spec.outputs), call, row) for row in range(len(call.steps))]
             if all(picture is None for _, picture in rows):
                 continue
             found = self._run(name, call, rows)
-            self._move(found[0].device)
             for spec, tensor in zip(engine.spec.outputs, found, strict=True):
                 if spec.name in filled:
                     self._sums[spec.name].add_(tensor)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from accel.transfer import Verdict
+
 if TYPE_CHECKING:
     from models.motion import Motion
     from models.unet import Call
@@ -138,11 +140,18 @@ class Rolling:
             self.caches = tuple(
                 torch.zeros(rows, places, window.slots, width, dtype=dtype, device=device) for places, width in shapes
             )
+        self._verdict = Verdict()
         self._before: Tensor | None = None  # (rows, refresh, C, H, W) what the rows' last frames were computed from
 
     @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self.caches)
+
+    def to(self, device: torch.device) -> None:
+        """Move the caches to where the engine computes; only the first time."""
+        if self.caches and self.caches[0].device != device:
+            with torch.inference_mode(False):
+                self.caches = tuple(cache.to(device) for cache in self.caches)
 
     def join(self, z: Tensor, rows: range | None = None) -> Tensor:
         """New network inputs (n·chunk, C, H, W) behind those of the frames to be computed again: (n·block, C, H, W)."""
@@ -179,9 +188,12 @@ class Rolling:
         not stored: it would reach every later frame. All is forgotten instead.
         """
         held = [(i, row) for i, row in enumerate(rows or self.rows) if not live or live[i]]
-        if not torch.stack([tensor.sum(dtype=torch.float32) for tensor in new]).isfinite().all():
+        sound = torch.stack([tensor.sum(dtype=torch.float32) for tensor in new]).isfinite().all()
+        if self._verdict.refused(sound):
             self.reset()
             return
+        if sound.device.type != "cpu":  # what is not will be known a call later; until then it must not be in there
+            new = [torch.where(sound, tensor, 0) for tensor in new]
         for cache, tensor in zip(self.caches, new, strict=True):
             for i, row in held:
                 for place, slot in self.window.writes(self.seen[row]):
@@ -216,6 +228,7 @@ class Windowed:
 
     def inputs(self, call: Call) -> dict[str, Tensor]:
         """Positions, mask, scale (the newest frame's) and caches; z too, behind the frames to be computed again."""
+        self.rolling.to(call.z.device)
         scale: float = call.frames[0].guides["motion_scale"]
         given = dict(zip(self._names, self.rolling.inputs(scale, call.rows), strict=True))
         return {"z": self.rolling.join(call.z, call.rows), **given}

@@ -122,11 +122,17 @@ class WornSlots:
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
+        self._placed: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None  # what was worn, on the device
 
     def inputs(self, call: Call) -> Mapping[str, Tensor]:
         newest = min(zip(call.steps, call.frames, strict=True), key=lambda pair: pair[0])[1]
         found: Mapping[str, Tensor] | None = newest.guides.get(NAME)
-        return self._slots.nothing if found is None else found
+        worn = self._slots.nothing if found is None else found
+        if call.z.device.type == "cpu":
+            return worn
+        if self._placed is None or self._placed[0] is not worn:  # many megabytes: once per change, not per call
+            self._placed = worn, {name: tensor.to(call.z.device) for name, tensor in worn.items()}
+        return self._placed[1]
 
     def keep(self, call: Call, found: Mapping[str, Tensor]) -> None:
         """Nothing comes back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from accel.transfer import Download, device_errors, enqueued
 from models.batch import StreamBatch
 from models.calls import Calls
-from models.denoise import Conditioning, Pass, Trajectory, run, start
+from models.denoise import Conditioning, Pass, Trajectory, run, start, timesteps
 from models.filters import sample
 from models.flow import compose
+from models.frame_graph import frame_graph
 from models.launched import Decoding, Filling, Launched, Stages
 from models.noise import drifted, fed_back
 from models.params import Params, Style
@@ -29,10 +32,11 @@ from models.units import advice
 from models.worn import lora_set
 
 if TYPE_CHECKING:
-    from accel.engine import Engine
+    from accel.engine import Engine, Pending
     from models.adapters import Loras
     from models.parts import Part
 
+CPU = torch.device("cpu")
 PROMPTS = ("prompt", "negative", "lora")
 SHOT = ("strength", "steps", "guidance", "image_guidance", "mask_guidance", "guidance_mode", "delta", "seed")
 # changed, frames before mislead; so do `PROMPTS` at once
@@ -112,6 +116,8 @@ class State:
     fresh: bool = True  # the next frame is the first of a shot
     transition: Transition | None = None  # of the prompts, from a live change on until it is complete
     since: int = 0  # frames of it
+    placed: tuple[Prepared, Prepared] | None = None  # what was prepared, and the same on the engines' device
+    download: Download = field(default_factory=Download)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,7 @@ class Networks:
     timesteps: tuple[int, ...] | None = None  # of the model's own, noisiest first
     sampler: Sampler = "lcm"
     time_ids: Tensor | None = None  # (1, 6), where the UNet takes them beside pooled words, as SDXL's does
+    device: torch.device = CPU  # where the engines' tensors live
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -162,6 +169,7 @@ class LatentStylizer:
         _, _, rows, columns = networks.latent_shape
         self.size = (8 * columns, 8 * rows)
         self._threads = torch.get_num_threads()
+        self._frames = frame_graph((networks.encode, networks.unet, networks.decode))
 
     @property
     def delay(self) -> int:
@@ -189,10 +197,14 @@ class LatentStylizer:
         if torch.get_num_threads() != self._threads:  # a thread begun while the frame lane had one only
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            finished = self._advance(state, torch.from_numpy(image)[None], params, stages)
             if state.censor:
                 state.censor.instead = params.style.safety
-            return Filling(stages) if finished is None else self._decode(finished, stages, state.censor)
+            picture = torch.from_numpy(image)[None]
+            prepared = self._begin(state, params, stages)
+            if (whole := self._whole(state, picture, prepared, params, stages)) is not None:
+                return Decoding(state.download(whole), stages, state.censor)
+            finished = self._advance(state, picture, prepared, params, stages)
+            return Filling(stages) if finished is None else self._decode(finished, stages, state)
 
     def drain(self, state: State) -> list[NDArray[np.uint8]]:
         """The pictures of the frames that are still in a stream batch, oldest first; it is empty then."""
@@ -200,20 +212,57 @@ class LatentStylizer:
             return []
         with torch.inference_mode():
             finished = state.batch.drain(state.calls)
-            return [self._decode(frame, Stages(), state.censor).image() for frame in finished]
+            return [self._decode(frame, Stages(), state).image() for frame in finished]
 
     def stylize(self, state: State, picture: Tensor, params: Params) -> Tensor:
         """The same from tensor to tensor, whichever kind of picture the networks take; see `networks.Encode`."""
-        finished = self._advance(state, picture, params, Stages())
+        stages = Stages()
+        finished = self._advance(state, picture, self._begin(state, params, stages), params, stages)
         if finished is None:
             raise ValueError("a stream batch gives no picture for its first frames")
         return self.networks.decode(self._unscaled(finished))[0]
 
-    def _advance(self, state: State, picture: Tensor, params: Params, stages: Stages) -> Trajectory | None:
-        """Everything before the decoder: one frame in, and the one that is through with its steps out."""
+    def _begin(self, state: State, params: Params, stages: Stages) -> Prepared:
+        """Bring a stream up to the settings of its next frame."""
         state.calls.stages = stages
         with stages("schedule"):
-            prepared = self._follow(state, params.style)
+            return self._placed(state, self._follow(state, params.style))
+
+    def _whole(
+        self, state: State, picture: Tensor, prepared: Prepared, params: Params, stages: Stages
+    ) -> Pending | None:
+        """The frame as one launch; None where it needs more than the three networks, or none was recorded yet."""
+        net, style, temporal = self.networks, params.style, params.temporal
+        alone = not (net.parts or temporal.feedback or temporal.smoothing or style.seed_mode == "flow")
+        if self._frames is None or state.batch is not None or not alone:
+            return None
+        seen = self._seen(picture, params)
+        times = [timesteps((step.t,), net.device) for step in prepared.schedule.steps]  # held as long as the recording
+        first = len(prepared.embeddings)
+
+        def draw(picture: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+            shown = prepared.with_embeddings(given[:first])
+            alone = State(shown, Calls(net.unet, (), net.time_ids), noises=given[first:])
+            (raw,) = net.encode(picture)
+            frame = replace(self._entering(alone, raw, shown, params), seen=seen)
+            assert len(times) == len(frame.schedule.steps)
+            return net.decode(self._unscaled(run(alone.calls, frame)))
+
+        key = prepared.schedule, *(getattr(style, name) for name in SHOT if name not in ("steps", "seed"))
+        given = (picture, *prepared.embeddings, *state.noises)
+        with stages("schedule"):
+            replay = self._frames.of(key, draw, given)
+        if replay is None:
+            return None
+        with stages("unet"), device_errors():
+            pending = enqueued(replay(*given), net.device)
+        state.moved, state.latents, state.estimates, state.fresh = None, None, (), False
+        return pending
+
+    def _advance(
+        self, state: State, picture: Tensor, prepared: Prepared, params: Params, stages: Stages
+    ) -> Trajectory | None:
+        """Everything before the decoder: one frame in, and the one that is through with its steps out."""
         with stages("encode"):
             (raw,) = self.networks.encode(picture)
             if state.batch is not None and self.networks.concatenates:
@@ -266,9 +315,10 @@ class LatentStylizer:
             fresh=state.fresh,
         )
 
-    def _decode(self, frame: Trajectory, stages: Stages, censor: Censor | None) -> Decoding:
+    def _decode(self, frame: Trajectory, stages: Stages, state: State) -> Decoding:
         with stages("decode"):
-            return Decoding(self.networks.decode.launch(self._unscaled(frame)), stages, censor)
+            pending = state.download(self.networks.decode.launch(self._unscaled(frame)))
+            return Decoding(pending, stages, state.censor)
 
     def _unscaled(self, frame: Trajectory) -> Tensor:
         return frame.z / self.networks.scaling + self.networks.shift
@@ -295,7 +345,7 @@ class LatentStylizer:
     def moved(self, state: State, flow: Tensor) -> None:
         """The next frame's scene has moved since the last one stepped: backward flow (1, 2, h, w) of any size."""
         rows, columns = self.networks.latent_shape[2:]
-        state.moved = scaled(flow, (columns, rows))
+        state.moved = scaled(flow, (columns, rows)).to(self.networks.device, non_blocking=True)
         state.travel = state.moved if state.travel is None else compose(state.moved, state.travel)
 
     def advice(self, params: Params) -> str:
@@ -339,11 +389,20 @@ class LatentStylizer:
             state.transition = None
         return shown
 
+    def _placed(self, state: State, prepared: Prepared) -> Prepared:
+        """The same with its embeddings where the engines want them; once per change."""
+        if self.networks.device == CPU:
+            return prepared
+        if state.placed is None or state.placed[0] is not prepared:
+            moved = tuple(tensor.to(self.networks.device, non_blocking=True) for tensor in prepared.embeddings)
+            state.placed = prepared, prepared.with_embeddings(moved)
+        return state.placed[1]
+
     def _seen(self, picture: Tensor, params: Params) -> Seen:
         """What the UNet's calls want to know of one frame."""
         net, guides = self.networks, dict[str, Any]()
         if net.guidance_width:
-            guides["guidance"] = guidance_embedding(params.style.guidance - 1, net.guidance_width)
+            guides["guidance"] = guidance_embedding(params.style.guidance - 1, net.guidance_width, net.device)
         if not net.parts:
             return Seen(None, guides)
         image = pixels(picture)
@@ -375,8 +434,9 @@ class LatentStylizer:
         if renew:
             state.generator.manual_seed(style.seed)
         if renew or style.seed_mode == "per-frame":
-            shape = self.networks.latent_shape
-            state.noises = tuple(torch.randn(shape, generator=state.generator) for _ in range(style.steps))
+            shape, device = self.networks.latent_shape, self.networks.device
+            drawn = [torch.randn(shape, generator=state.generator) for _ in range(style.steps)]  # alike on every device
+            state.noises = tuple(noise.to(device, non_blocking=True) for noise in drawn)
 
 
 def changed(before: Style, after: Style, names: tuple[str, ...]) -> bool:
@@ -384,12 +444,13 @@ def changed(before: Style, after: Style, names: tuple[str, ...]) -> bool:
     return any(getattr(before, name) != getattr(after, name) for name in names)
 
 
-def guidance_embedding(scale: float, width: int) -> Tensor:
+@lru_cache(maxsize=8)
+def guidance_embedding(scale: float, width: int, device: torch.device = CPU) -> Tensor:
     """The sinusoidal embedding of a guidance scale, (1, width); Meng et al. 2023, as diffusers computes it."""
     half = width // 2
     frequencies = torch.exp(torch.arange(half) * -(np.log(10_000.0) / (half - 1)))
     angles = 1000.0 * scale * frequencies
-    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))[None]
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))[None].to(device)
 
 
 def pixels(picture: Tensor) -> NDArray[np.uint8]:

@@ -329,7 +329,7 @@ def bench_scale(
     size: Size = "512x288",
     sessions: Annotated[str, typer.Option(metavar="N,N…", help="how many at once")] = "1,2,4",
     seconds: Annotated[float, typer.Option(min=0.2, help="of each number")] = 10.0,
-    fps: Annotated[float, typer.Option(min=1, max=1000, help="of each camera; more than can be painted")] = 60.0,
+    fps: Annotated[float, typer.Option(min=1, max=1000, help="of each camera; more than can be painted")] = 240.0,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting")] = None,
     json_file: JsonFile = None,
     html_file: HtmlFile = None,

@@ -136,10 +136,13 @@ BACKENDS: dict[str, tuple[Callable[[], Backend], str, float | None]] = {
     "torch-bf16": (lambda: TorchBackend(dtype="bfloat16"), "fast", LOOSE),
     "openvino-fp32": (lambda: OpenVINOBackend(threads=1), "fp32", TIGHT),
     "openvino-fast": (lambda: OpenVINOBackend(threads=1), "fast", LOOSE),
+    "openvino-int8": (lambda: OpenVINOBackend(threads=1), "int8", LOOSE),  # no samples: as "fast"
     "null": (NullBackend, "fast", None),  # shapes only
 }
 if torch.cuda.is_available():
-    BACKENDS["torch-cuda-fast"] = (lambda: TorchBackend("cuda"), "fast", LOOSE)
+    from accel.cuda_backend import CudaBackend
+
+    BACKENDS["torch-cuda-fast"] = (lambda: CudaBackend(mode=None), "fast", LOOSE)
 
 
 def relative_l2(found: Tensor, wanted: Tensor) -> float:

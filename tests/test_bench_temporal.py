@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from accel.errors import UserError
-from bench import temporal
+from bench import record, temporal
 from bench.latency import text
 from bench.report import html
 from tests import fakes
@@ -54,3 +54,9 @@ def test_the_report_is_a_table_and_a_page_with_pictures(report: dict[str, Any]) 
 def test_one_frame_is_too_few() -> None:
     with pytest.raises(UserError, match="at least two frames"):
         temporal.measure(["demo"], frames=1)
+
+
+def test_it_is_a_record_with_a_lane_per_variant_and_a_block_per_clip(report: dict[str, Any]) -> None:
+    assert not record.fault(report)
+    assert report["work"]["sources"] == [{"source": "demo"}]
+    assert len(report["lanes"]["flicker: analytic"]["PSNR"]["blocks"]) == 1

@@ -1,4 +1,4 @@
-"""What we ask of the operating system: few arenas, low priority."""
+"""What we ask of the operating system: few arenas, no hurry."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from accel.machine import NICE, giving_way, limit_arenas, trim_memory
+from accel.machine import giving_way, limit_arenas, trim_memory
 
 
 def test_a_result_or_an_error_comes_back_from_the_other_thread() -> None:
@@ -18,18 +18,18 @@ def test_a_result_or_an_error_comes_back_from_the_other_thread() -> None:
         giving_way(lambda: 1 / 0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no policy of their own")
 def test_what_it_starts_gives_way_and_we_do_not() -> None:
     def started_inside() -> int:
         seen: list[int] = []
-        thread = threading.Thread(target=lambda: seen.append(os.getpriority(os.PRIO_PROCESS, 0)))
+        thread = threading.Thread(target=lambda: seen.append(os.sched_getscheduler(0)))
         thread.start()
         thread.join()
         return seen[0]
 
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    assert giving_way(started_inside) == max(before, NICE)
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    before = os.sched_getscheduler(0)
+    assert giving_way(started_inside) == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == before
 
 
 def test_arenas_are_limited_in_a_process_of_its_own_and_trimming_is_safe() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import UserError
-from bench import peer_process, peers
+from bench import peer_process, peers, record
 from bench.peer_lanes import Work
 from bench.peer_streamdiffusion import clocks_without_cuda, opened
 from models.batch import StreamBatch
@@ -152,12 +152,15 @@ def test_the_command_shows_ours_and_theirs_and_writes_what_was_done(
     assert main([*command, *only]) == 0
     shown = capsys.readouterr().out
     report = json.loads(written.read_text())
-    assert list(report["lanes"]) == ["livestyle torch", "streamdiffusion float32"]
+    assert list(report["results"]) == ["livestyle torch", "streamdiffusion float32"]
     assert report["equal_in_float32"]["max"] <= TOLERANCE
-    assert {"commit", "command", "streamdiffusion", "load average"} <= set(report["machine"])
-    assert report["frames"] == peers.BLOCKS
-    assert (report["steps"], report["size"], report["threads"]) == (2, "64x64", 1)
-    for name, lane in report["lanes"].items():
+    assert not record.fault(report)
+    assert {"streamdiffusion", "load average"} <= set(report["machine"])
+    done = report["work"]
+    assert done["frames"] == peers.BLOCKS
+    assert (done["steps"], done["size"], done["threads"]) == (2, "64x64", 1)
+    assert {"rate", "frame", "memory"} == set(report["lanes"]["livestyle torch"])
+    for name, lane in report["results"].items():
         assert name in shown
         assert lane["fps"] > 0
         assert lane["frame_ms"]["p99"] >= lane["frame_ms"]["p50"] > 0
@@ -165,8 +168,8 @@ def test_the_command_shows_ours_and_theirs_and_writes_what_was_done(
         assert len(lane["ratio_blocks"]) == peers.BLOCKS
         assert lane["difference"]["max"] <= 1  # of 255
         assert lane["versions"]["torch"]
-    assert report["lanes"]["streamdiffusion float32"]["ratio"] == 1
-    assert [lane["late_frames"] for lane in report["lanes"].values()] == [1, 1]
+    assert report["results"]["streamdiffusion float32"]["ratio"] == 1
+    assert [lane["late_frames"] for lane in report["results"].values()] == [1, 1]
 
 
 def test_a_lane_that_fails_or_dies_is_said_and_does_not_hang(tmp_path: Path) -> None:
