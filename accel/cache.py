@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.engine import EngineSpec
+from accel.hold import is_held
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +83,40 @@ def read(root: Path, key: Key) -> bytes | None:
     return None
 
 
-def write(root: Path, key: Key, blob: bytes, build_s: float, max_bytes: int = MAX_BYTES) -> None:
+def sound(root: Path, key: Key) -> bool:
+    """Whether this key's engine is there and whole, without reading it into memory; a damaged one is dropped."""
+    folder = root / digest_of(key)
+    if not folder.exists():
+        return False
+    entry = _verified(folder, _entry(folder))
+    if entry.problem is None and entry.key == key:
+        _touch(folder)
+        return True
+    log.warning("cached engine %s is damaged (%s): building it again", folder, entry.problem)
+    drop(root, folder.name)
+    return False
+
+
+def write(
+    root: Path, key: Key, blob: bytes | Path, build_s: float, max_bytes: int = MAX_BYTES, error: float | None = None
+) -> None:
     """Add an engine, then drop the least recently used others until all fit in `max_bytes`.
 
+    A path of a file under `root` is moved, not copied. `error` is what was measured against the reference, if it was.
     When two processes write one key the first keeps its place; equal keys mean equal engines.
     """
     digest = digest_of(key)
-    manifest = {"key": key, "sha256": _sha256(blob), "size": len(blob), "build_s": build_s, "created": time.time()}
+    manifest: dict[str, Any] = {"key": key, "build_s": build_s, "created": time.time(), "error": error}
     try:
         root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=root))
         try:
-            (scratch / "engine.bin").write_bytes(blob)
+            if isinstance(blob, Path):
+                manifest |= {"sha256": _file_sha256(blob), "size": _size(blob)}
+                os.replace(blob, scratch / "engine.bin")
+            else:
+                manifest |= {"sha256": _sha256(blob), "size": len(blob)}
+                (scratch / "engine.bin").write_bytes(blob)
             (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from other users of a shared cache
             _move(scratch, root / digest)
@@ -133,7 +156,7 @@ def verify(root: Path) -> list[Entry]:
 def prune(root: Path, max_bytes: int = MAX_BYTES, keep: str = "") -> list[Entry]:
     """Drop the least recently used engines until the rest fit, and what dead writers left; return the dropped.
 
-    `keep` names an entry that stays, even where it alone is larger than `max_bytes`.
+    What `accel.hold` holds stays, and the entry that `keep` names, even where it alone is larger than `max_bytes`.
     """
     kept = entries(root)
     total = sum(entry.size for entry in kept)
@@ -141,7 +164,7 @@ def prune(root: Path, max_bytes: int = MAX_BYTES, keep: str = "") -> list[Entry]
     for entry in reversed(kept):
         if total <= max_bytes:
             break
-        if entry.digest != keep and drop(root, entry.digest):
+        if entry.digest != keep and not is_held(root / entry.digest) and drop(root, entry.digest):
             dropped.append(entry)
             total -= entry.size
     for left in root.glob(f"{TEMPORARY}*") if root.is_dir() else ():
@@ -195,8 +218,7 @@ def _verified(folder: Path, entry: Entry) -> Entry:
     if entry.problem:
         return entry
     try:
-        with (folder / "engine.bin").open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = _file_sha256(folder / "engine.bin")
         wrong = digest_of(entry.key) != entry.digest or found != _manifest(folder)["sha256"]
         problem = "checksum differs" if wrong else None
     except (OSError, ValueError, KeyError) as error:
@@ -230,6 +252,11 @@ def _is_digest(name: str) -> bool:
 
 def _sha256(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache

@@ -77,7 +77,7 @@ class CudaBackend:
         """The module in the first format that does not overflow, its outputs checked against the spec."""
         import torch
 
-        formats = self.dtypes if spec.precision == "fast" else ("float32",)
+        formats = ("float32",) if spec.precision == "fp32" else self.dtypes
         for name in formats:
             dtype: torch.dtype = getattr(torch, name)
             with torch.inference_mode(False):  # weights are ordinary tensors, as tracing wants them
