@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+PRECISIONS = ("fp32", "fast", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,10 @@ class TensorSpec:
 class EngineSpec:
     """What an engine computes, apart from its weights.
 
-    `precision` is what the backend may compute in: "fp32", or "fast" for the quickest format of the device
-    (bf16 on CPUs that have it). Inputs and outputs keep the dtypes of their `TensorSpec` either way.
-    `fingerprint` identifies architecture and weights; equal fingerprints may share a compiled engine.
+    `precision` is what the backend may compute in: "fp32", "fast" for the quickest floats of the device (bf16 on CPUs
+    that have it), or "int8" for 8-bit integers where the backend has them, the module is `Sampled` and the outputs stay
+    close; in every other case "int8" means "fast". Inputs and outputs keep the dtypes of their `TensorSpec`.
+    `fingerprint` identifies architecture, weights and samples; equal ones may share a compiled engine.
 
     >>> EngineSpec("decode", (TensorSpec("z", (1, 12, 36, 64)),), (TensorSpec("rgb", (1, 3, 288, 512)),), "mini-1")
     """
@@ -38,8 +42,17 @@ class EngineSpec:
     precision: str = "fast"
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "fast"):
-            raise ValueError(f"{self.name}: precision is fp32 or fast, not {self.precision!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"{self.name}: precision is one of {', '.join(PRECISIONS)}, not {self.precision!r}")
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """A module that knows what its inputs look like; by them it can be quantised, and an engine of it judged."""
+
+    def samples(self, inputs: tuple[TensorSpec, ...]) -> Iterable[tuple[Tensor, ...]]:
+        """The same sets of inputs at every call, three or more, in the shapes and dtypes of `inputs`."""
+        ...
 
 
 class Pending(Protocol):

@@ -7,14 +7,16 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from accel import cache as store
-from accel.engine import EngineSpec, TensorSpec, check
+from accel.engine import EngineSpec, Sampled, TensorSpec, check
 from accel.machine import cpu_name, giving_way, physical_cores
+from accel.quantised import LARGEST_ERROR, Refused, Samples, difference, library_version, quantised
 
 if TYPE_CHECKING:
     import openvino
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the conversion below changes what a blob computes
+FORMAT = 2  # raise it when the conversion below, or that to int8, changes what a blob computes
+PRECISION = "INFERENCE_PRECISION_HINT"
 
 
 def library() -> ModuleType:
@@ -42,25 +45,29 @@ def library() -> ModuleType:
 class OpenVINOBackend:
     """Compiles for one OpenVINO device, in bf16 for "fast" specs where the device has it, else in fp32.
 
-    `threads` bounds the inference threads; by default the physical cores this process may use.
+    "int8" specs are quantised once, judged by samples that were not used for that, and kept in the cache as what they
+    came to: where int8 is too far from float32 or cannot be had, as "fast" ones. One line in the log says which.
+    `int8=False` takes them as "fast" ones to begin with, to be compared with. `threads` bounds the inference threads;
+    by default the physical cores this process may use.
 
     >>> engine = OpenVINOBackend(threads=2).load(build_decoder, spec, cache=default_root())
     """
 
     name = "openvino"
 
-    def __init__(self, device: str = "CPU", threads: int | None = None) -> None:
+    def __init__(self, device: str = "CPU", threads: int | None = None, int8: bool = True) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads is at least 1, not {threads}")
         self.device = device
         self.threads = threads or physical_cores()
+        self._int8 = int8
         openvino = library()
         self._core = openvino.Core()
         capabilities = sorted(self._core.get_property(device, "OPTIMIZATION_CAPABILITIES"))
-        self._has_bf16 = "BF16" in capabilities
+        self._has_bf16, self._has_int8 = "BF16" in capabilities, "INT8" in capabilities
         self.fingerprint = (
             f"openvino {openvino.get_version()}; torch {version('torch')}; format {FORMAT}; "
-            f"{device} {cpu_name()}; {' '.join(capabilities)}; threads={self.threads}"
+            f"{device} {cpu_name()}; {' '.join(capabilities)}; threads={self.threads}; nncf {library_version()}"
         )
 
     def load(self, module: Callable[[], nn.Module], spec: EngineSpec, cache: Path | None = None) -> OpenVINOEngine:
@@ -72,15 +79,47 @@ class OpenVINOBackend:
         return giving_way(lambda: self._load(module, spec, cache))
 
     def _load(self, module: Callable[[], nn.Module], spec: EngineSpec, cache: Path | None) -> OpenVINOEngine:
+        if spec.precision == "int8" and not self._int8:
+            spec = replace(spec, precision="fast")
         key = store.key_of(self.fingerprint, spec)
         compiled = self._imported(cache, key, spec) if cache else None
         if compiled is None:
             started = time.perf_counter()
-            compiled = self._core.compile_model(converted(module(), spec), self.device, self._properties(spec))
+            net = module()
+            model, error = converted(net, spec), None
+            if spec.precision == "int8":
+                model, error = self._judged(model, net, spec)
+            compiled = self._core.compile_model(model, self.device, self._properties(spec))
             build_s = time.perf_counter() - started
             if cache:
-                store.write(cache, key, compiled.export_model().getvalue(), build_s)
+                store.write(cache, key, compiled.export_model().getvalue(), build_s, error=error)
         return OpenVINOEngine(spec, compiled)
+
+    def _judged(self, model: openvino.Model, net: nn.Module, spec: EngineSpec) -> tuple[openvino.Model, float | None]:
+        """The model in int8 and its error, or as it is and None."""
+        try:
+            if not self._has_int8:
+                raise Refused("this device has none")
+            samples = list(net.samples(spec.inputs)) if isinstance(net, Sampled) else []
+            judges = len(samples) // 3
+            if not judges:
+                raise Refused("nothing to judge it by")
+            found = quantised(model.clone(), samples[judges:])
+            error = difference(
+                self._outputs(found, spec, samples[:judges]),
+                self._outputs(model, replace(spec, precision="fp32"), samples[:judges]),
+            )
+            if not error < LARGEST_ERROR:  # a NaN too
+                raise Refused(f"{error:.1%} from float32, which is too far")
+        except Refused as reason:
+            log.info("%s: no int8 (%s), %s instead", spec.name, reason, self._properties(spec)[PRECISION])
+            return model, None
+        log.info("%s: int8, %.2g from float32", spec.name, error)
+        return found, error
+
+    def _outputs(self, model: openvino.Model, spec: EngineSpec, samples: Samples) -> Samples:
+        engine = OpenVINOEngine(spec, self._core.compile_model(model, self.device, self._properties(spec)))
+        return [tuple(output.clone() for output in engine(*sample)) for sample in samples]
 
     def _imported(self, cache: Path, key: store.Key, spec: EngineSpec) -> openvino.CompiledModel | None:
         blob = store.read(cache, key)
@@ -95,11 +134,11 @@ class OpenVINOBackend:
             return None
 
     def _properties(self, spec: EngineSpec) -> dict[str, Any]:
-        return {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "bf16" if self._has_bf16 and spec.precision == "fast" else "f32",
-            "INFERENCE_NUM_THREADS": self.threads,
-        }
+        precision = "bf16" if self._has_bf16 and spec.precision != "fp32" else "f32"
+        # OpenVINO 2026.4's code generator for fused subgraphs ("snippets") crashes on the UNet of `mini` in float32.
+        whole = {"SNIPPETS_MODE": "DISABLE"} if precision == "f32" else {}
+        threads = {"INFERENCE_NUM_THREADS": self.threads}
+        return {"PERFORMANCE_HINT": "LATENCY", PRECISION: precision, **threads, **whole}
 
 
 def converted(module: nn.Module, spec: EngineSpec) -> openvino.Model:

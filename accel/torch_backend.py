@@ -38,7 +38,7 @@ class TorchBackend:
         """Move and cast the module, then run it once, so that a wrong spec is found here (ValueError)."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.dtype if spec.precision == "fast" else "float32")
+        dtype: torch.dtype = getattr(torch, self.dtype if spec.precision != "fp32" else "float32")
         engine = TorchEngine(spec, placed(module(), self.device, dtype), torch.device(self.device), dtype)
         zeros = (torch.zeros(s.shape, dtype=getattr(torch, s.dtype), device=self.device) for s in spec.inputs)
         check(engine(*zeros), spec.outputs, f"{spec.name} on {self.name}: output")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from accel.engine import EngineSpec, TensorSpec
 from accel.errors import UserError
 from models.folder import Folder
+from models.pictures import photographs
 from models.unet import Denoise, Feature
+
+# Autoencoders that gain by 8-bit integers where an engine has them; docs/models.md has the figures.
+IN_INT8 = ("AutoencoderTiny",)
+SAMPLES = "samples 1"  # raise it when those below or their photographs change: part of the fingerprint of such engines
 
 
 class Encode(nn.Module):
@@ -33,6 +38,14 @@ class Encode(nn.Module):
         latents: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return latents
 
+    def samples(self, inputs: tuple[TensorSpec, ...]) -> Iterator[tuple[Tensor]]:
+        """Photographs, as bytes or floats."""
+        (given,) = inputs
+        as_bytes = given.dtype == "uint8"
+        height, width = given.shape[1:3] if as_bytes else given.shape[2:4]
+        for picture in photographs((width, height)):
+            yield (picture if as_bytes else picture.permute(0, 3, 1, 2) / 255,)
+
 
 class Decode(nn.Module):
     """Latents (1, C, H/8, W/8), already unscaled → pictures, as bytes or floats like those of `Encode`."""
@@ -49,6 +62,23 @@ class Decode(nn.Module):
         if self.as_bytes:  # rounding, not adding a half: in bf16 that would be lost or doubled
             return (picture * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
         return picture
+
+    def samples(self, inputs: tuple[TensorSpec, ...]) -> Iterator[tuple[Tensor]]:
+        """What the encoder makes of photographs, and noise twice as wide as latents are meant to be.
+
+        A UNet's latents go beyond those of photographs, and an 8-bit engine cuts off what its samples never reached:
+        without the noise TAESD with random weights was 18 dB from itself on latents of unit variance, with it over 40.
+        """
+        encode, (shape,) = Encode(self.vae), (given.shape for given in inputs)
+        photos = photographs((8 * shape[3], 8 * shape[2]))
+        with torch.inference_mode():
+            latents = [encode(picture) for picture in photos]
+        generator = torch.Generator().manual_seed(0)
+        config: Any = self.vae.config
+        scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+        noise = [torch.randn(shape, generator=generator) * 2 / scale + shift for _ in range(2)]
+        for each in [*latents[:1], noise[0], *latents[2:], noise[1]]:
+            yield (each,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +117,8 @@ def graphs(
     # SDXL's own autoencoder overflows in half precision, which its configuration says; TAESDXL does not.
     precision = "fp32" if vae.get("force_upcast") else "fast"
     vae_print = folder.fingerprint("vae")
+    if folder.index["vae"][1] in IN_INT8 and precision != "fp32":
+        precision, vae_print = "int8", f"{vae_print} {SAMPLES}"
     return {
         "encode": Graph(
             lambda: Encode(folder.vae()),

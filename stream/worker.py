@@ -187,7 +187,6 @@ class Worker(threading.Thread):
             session.inbox.close(discard=True)
             session.stop()
 
-
     def _deliver(self, lane: _Lane, frame: Frame, image: NDArray[np.uint8]) -> None:
         """The picture of a captured frame, to whoever looks."""
         lane.session.outlets.put(replace(frame, image=image))

@@ -15,6 +15,7 @@ from accel.engine import Backend, EngineSpec, TensorSpec
 from accel.null_backend import NullBackend
 from accel.openvino_backend import OpenVINOBackend
 from accel.torch_backend import TorchBackend
+from models.load import compiled_graphs
 
 
 class Unet(nn.Module):
@@ -264,3 +265,14 @@ def test_unwritable_cache_costs_one_warning_and_no_engine(tmp_path, caplog) -> N
             engine = backend.load(CODEC.module, CODEC.spec(), blocked)
             assert len(engine(*CODEC.example())) == 2
     assert len([r for r in caplog.records if "cannot be written" in r.message]) == 1
+
+
+def test_the_embedded_model_runs_in_float32_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without bf16, where OpenVINO's fused subgraphs ended the process."""
+    graph = compiled_graphs("mini", (128, 64))["unet"]
+    backend = OpenVINOBackend(threads=1)
+    monkeypatch.setattr(backend, "_has_bf16", False)
+    inputs = tuple(torch.full(s.shape, 0.5, dtype=getattr(torch, s.dtype)) for s in graph.spec.inputs)
+    (found,) = backend.load(graph.build, graph.spec)(*inputs)
+    (wanted,) = TorchBackend().load(graph.build, graph.spec)(*inputs)
+    assert (found - wanted).abs().max() <= 1e-3

@@ -16,8 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from accel.errors import UserError
 from models.checkpoint import SD15, converted
-from models.load import folder_of
 from models.folder import Folder
+from models.load import folder_of
 from tests.folders import tokenizer
 
 State = dict[str, torch.Tensor]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from accel.errors import UserError
 from models.load import load
-from models.params import Params, Style, Temporal
 from models.noise import drifted, fed_back
+from models.params import Params, Style, Temporal
 from models.stylizer import LatentStylizer
 from tests.folders import random_folder
 

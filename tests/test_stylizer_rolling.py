@@ -19,6 +19,7 @@ from torch import Tensor
 
 from accel.engine import EngineSpec, Pending, Ready
 from accel.errors import UserError
+from accel.openvino_backend import OpenVINOBackend
 from models.folder import Folder
 from models.load import load
 from models.motion import Motion
@@ -296,7 +297,8 @@ def test_another_adapter_or_window_is_another_engine(folders: dict[str, Path], t
 
 def test_openvino_paints_the_same(folders: dict[str, Path], loaded: Callable[..., LatentStylizer]) -> None:
     wanted = fresh(loaded("sd"), params(), range(6))
-    compiled = load(str(folders["sd"]), SIZE, engine="openvino", structure=Structure(window=WINDOW))
+    structure = Structure(window=WINDOW)
+    compiled = load(str(folders["sd"]), SIZE, backend=OpenVINOBackend(int8=False), structure=structure)
     found = fresh(compiled, params(), range(6))
     apart = [np.abs(a.astype(int) - b.astype(int)).mean() for a, b in zip(found, wanted, strict=True)]
     still = fresh(loaded("sd"), params(scale=0.0), range(6))
