@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,7 @@ def _changed(stream: Stream, frames: Mailbox[Frame], change: str, seconds: float
         after = _watched(stream, frames, seconds)
         took = patching.result()
     return {
-        "change": change,
+        "change": bare(change),
         "patch_ms": took,
         "lost_before": before[0],
         "lost": after[0],
@@ -116,16 +117,21 @@ def _watched(stream: Stream, frames: Mailbox[Frame], seconds: float) -> tuple[in
     return stream.meter.dropped - dropped, max(gaps)
 
 
+def bare(setting: str) -> str:
+    """A setting with the files that it names, but not where they are."""
+    return re.sub(r"[^\s,=:]*/", "", setting)
+
+
 def _work(
     source: str, model: str, engine: str, size: Size, changes: Sequence[str], settings: Sequence[str]
 ) -> dict[str, Any]:
     return {
-        "source": source,
-        "model": model,
+        **record.source_of(source),
+        **record.model_of(model),
         "engine": engine,
         "size": list(size),
-        "changes": list(changes),
-        "settings": list(settings),
+        "changes": [bare(change) for change in changes],
+        "settings": [bare(setting) for setting in settings],
     }
 
 

@@ -150,7 +150,7 @@ def test_fusion_equals_the_formula_token_by_token() -> None:
 
 def test_an_empty_bank_is_the_plain_unet() -> None:
     frames, seen = clip(1), bank(4)
-    assert (streamed(graph(seen), BankMemory(seen), frames, fusion=1.0) - plain(frames)).abs().max() < 1e-6
+    assert (streamed(graph(seen), BankMemory(seen), frames, fusion=1.0) - plain(frames)).abs().max() < 3e-6
 
 
 def test_fusion_zero_is_identity() -> None:

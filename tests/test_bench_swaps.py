@@ -15,6 +15,12 @@ def test_a_change_while_frames_run_is_measured() -> None:
     assert all(row[swaps.BUILT] == 0 and row["gap_after_ms"] > 0 for row in report["rows"])
 
 
+def test_results_name_files_and_not_where_they_are() -> None:
+    assert swaps.bare("style.lora=/home/me/ink.safetensors:0.5, a/b.safetensors") == (
+        "style.lora=ink.safetensors:0.5, b.safetensors"
+    )
+
+
 def test_what_cannot_be_changed_is_the_users_error() -> None:
     with pytest.raises(UserError, match="nothing to change"):
         swaps.measure("demo", "mini", "torch", (64, 64), [])

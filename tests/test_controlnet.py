@@ -360,7 +360,9 @@ def test_sums_are_kept_where_the_engines_compute() -> None:
 
     controls = Controls({"tile": cast(Engine, Elsewhere())}, residuals)
     seen = Seen(picture(), guides(units_of("tile"), picture()))
-    call = Call(torch.zeros(1, 4, 4, 6), torch.zeros(1), torch.zeros(1, 77, 8), range(1), (0,), 1, (seen,))
+    call = Call(
+        torch.zeros(1, 4, 4, 6, device="meta"), torch.zeros(1), torch.zeros(1, 77, 8), range(1), (0,), 1, (seen,)
+    )
     assert {tensor.device.type for tensor in controls.inputs(call).values()} == {"meta"}
 
 
