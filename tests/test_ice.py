@@ -155,14 +155,14 @@ async def _ports() -> list[int]:
 @NETWORK
 def test_our_peers_and_only_they_keep_to_the_port_range() -> None:
     async def gather() -> tuple[list[int], list[int]]:
-        with Network(ports=(42_310, 42_330)).applied():
+        with Network(ports=(22_310, 22_330)).applied():
             ours = await _ports()
         return ours, await _ports()
 
     ours, others = asyncio.run(gather())
     assert ours
-    assert all(42_310 <= port <= 42_330 for port in ours)
-    assert not any(42_310 <= port <= 42_330 for port in others)
+    assert all(22_310 <= port <= 22_330 for port in ours)
+    assert not any(22_310 <= port <= 22_330 for port in others)
 
 
 @NETWORK

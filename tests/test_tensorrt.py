@@ -222,7 +222,8 @@ def test_prune_keeps_what_another_process_uses_until_that_ends(stored: Path, tmp
 SLEEPING = """
 import sys
 from accel import tensorrt_build
-tensorrt_build.command = lambda recipe, folder: [sys.executable, "-c", "import time; time.sleep(600)"]
+ASLEEP = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'asleep').touch(); time.sleep(600)"
+tensorrt_build.command = lambda recipe, folder: [sys.executable, "-c", ASLEEP, str(folder)]
 tensorrt_build.export.export = lambda *given, wide: None
 """
 
@@ -236,6 +237,10 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing(tmp_path: Path) -> None:
     while "building" not in process.stdout.readline():
         assert process.poll() is None
     compiler = children(process.pid)
+    until = time.monotonic() + PATIENCE
+    while not list(tmp_path.rglob("asleep")):  # by then its parent waits for it
+        assert time.monotonic() < until
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
