@@ -220,7 +220,8 @@ def test_prune_keeps_what_another_process_uses_until_that_ends(stored: Path, tmp
 
 
 SLEEPING = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put into the background
 from accel import tensorrt_build
 ASLEEP = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'asleep').touch(); time.sleep(600)"
 tensorrt_build.command = lambda recipe, folder: [sys.executable, "-c", ASLEEP, str(folder)]
