@@ -5,18 +5,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from accel.errors import UserError
 from accel.machine import physical_cores
 from bench import record
-from bench.peer_lanes import FORMS, Image, Work
+from bench.peer_lanes import FORMS, Work
 from bench.peer_process import Lane
 from bench.peer_report import BLOCKS, REFERENCE, Run, report
 from bench.peer_streamdiffusion import PACKAGE, check, missing_peer
-from stream.source import open_source
+from bench.pictures import first_pictures
 
 CLIP_FRAMES = 32  # of the source, shown over and over
 COMPARED = 4  # frames whose pictures are compared
@@ -49,7 +48,7 @@ def measure(
         folder, environment = stack.enter_context(_folder(model))
         work = Work(folder, size, prompt, steps, strength, SEED, physical_cores(), device, batch)
         names = _lanes(engines, forms, device)
-        images = _images(source, size)
+        images = first_pictures(source, size, CLIP_FRAMES, "crop")
         log(f"{', '.join(names)}: {size[0]}x{size[1]}, {steps} steps at strength {strength:g}, {work.threads} threads")
         lanes = {
             name: stack.enter_context(Lane(kind, which, work, images, environment))
@@ -106,17 +105,6 @@ def _lanes(engines: Sequence[str], forms: Sequence[str], device: str) -> dict[st
         raise lacks[0]
     ours = {f"livestyle {engine}": ("livestyle", engine) for engine in engines}
     return ours | {f"{PACKAGE} {form}": (PACKAGE, form) for form in (REFERENCE, *forms)}
-
-
-def _images(source: str, size: tuple[int, int]) -> list[Image]:
-    opened = open_source(source, size=size, fit="crop")
-    try:
-        images = [frame.image for frame in islice(opened.frames(), CLIP_FRAMES)]
-    finally:
-        opened.close()
-    if not images:
-        raise UserError(f"{source} has no pictures", hint="demo has")
-    return images
 
 
 def _play(runs: dict[str, Run], per_block: int, log: Callable[[str], None]) -> None:

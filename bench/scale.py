@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from accel.errors import UserError
 from bench import record
+from bench.pictures import first_pictures
 from models.params import Params
 from stream.config import load_params
 from stream.frame import Frame, VideoSpec
@@ -23,7 +23,6 @@ from stream.meter import percentiles
 from stream.pump import start_pump
 from stream.session import Session
 from stream.sink import open_sink
-from stream.source import open_source
 from stream.worker import Worker
 
 COUNTS = (1, 2, 4)
@@ -101,7 +100,7 @@ def measure(
         raise UserError(f"numbers of sessions: {', '.join(map(str, counts)) or 'none'}", hint="for example 1,2,4")
     params = load_params(sets=[MODE, *settings], model=model)
     started = record.start()
-    pictures = _pictures(source, size)
+    pictures = first_pictures(source, size, CLIP_FRAMES)
     shape = (pictures[0].shape[1], pictures[0].shape[0])
     turns: dict[int, list[Turn]] = {count: [] for count in counts}
     stylizer = load(model, shape, engine, log, structure=structure_of(params))
@@ -127,17 +126,6 @@ def counts_of(text: str) -> tuple[int, ...]:
     if not all(word.isdecimal() and 1 <= int(word) <= MOST for word in words):
         raise UserError(f"bad numbers of sessions: {text}", hint=f"from 1 to {MOST}, for example 1,2,4")
     return tuple(dict.fromkeys(map(int, words)))
-
-
-def _pictures(source: str, size: tuple[int, int]) -> list[Picture]:
-    opened = open_source(source, size=size)
-    try:
-        found = [frame.image for frame in islice(opened.frames(), CLIP_FRAMES)]
-    finally:
-        opened.close()
-    if not found:
-        raise UserError(f"{source} has no pictures", hint="demo has")
-    return found
 
 
 def _play(worker: Worker, pictures: Sequence[Picture], fps: float, count: int, seconds: float, params: Params) -> Turn:
