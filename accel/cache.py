@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def default_root() -> Path:
 
 def key_of(backend: str, spec: EngineSpec) -> Key:
     """Return everything that decides what an engine is: the backend's fingerprint, this platform and the spec."""
-    key = {"backend": backend, "platform": f"{platform.system()} {platform.machine()}", "spec": asdict(spec)}
+    decides = {name: value for name, value in asdict(spec).items() if name != "architecture" or value}
+    key = {"backend": backend, "platform": f"{platform.system()} {platform.machine()}", "spec": decides}
     normal: Key = json.loads(json.dumps(key))  # as it will be read back: tuples become lists
     return normal
 
@@ -98,12 +100,19 @@ def sound(root: Path, key: Key) -> bool:
 
 
 def write(
-    root: Path, key: Key, blob: bytes | Path, build_s: float, max_bytes: int = MAX_BYTES, error: float | None = None
+    root: Path,
+    key: Key,
+    blob: bytes | Path,
+    build_s: float,
+    max_bytes: int = MAX_BYTES,
+    error: float | None = None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Add an engine, then drop the least recently used others until all fit in `max_bytes`.
 
     A path of a file under `root` is moved, not copied. `error` is what was measured against the reference, if it was.
-    When two processes write one key the first keeps its place; equal keys mean equal engines.
+    What goes `beside` the engine is named as its file. When two processes write one key the first keeps its place;
+    equal keys mean equal engines.
     """
     digest = digest_of(key)
     manifest: dict[str, Any] = {"key": key, "build_s": build_s, "created": time.time(), "error": error}
@@ -117,6 +126,8 @@ def write(
             else:
                 manifest |= {"sha256": _sha256(blob), "size": len(blob)}
                 (scratch / "engine.bin").write_bytes(blob)
+            for name, content in (beside or {}).items():
+                (scratch / name).write_bytes(content)
             (scratch / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from other users of a shared cache
             _move(scratch, root / digest)
@@ -203,7 +214,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _entry(folder: Path) -> Entry:
-    size = sum(_size(folder / name) for name in ("engine.bin", "manifest.json"))
+    size = _folder_size(folder)
     used = _mtime(folder / "manifest.json")
     try:
         m = _manifest(folder)
@@ -243,6 +254,13 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
+        return 0
+
+
+def _folder_size(folder: Path) -> int:
+    try:
+        return sum(_size(file) for file in folder.iterdir())
+    except OSError:  # another process has just dropped it
         return 0
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-PRECISIONS = ("fp32", "fast", "int8")
+PRECISIONS = ("fp32", "fast", "int8", "fp8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,11 @@ class EngineSpec:
     """What an engine computes, apart from its weights.
 
     `precision` is what the backend may compute in: "fp32", "fast" for the quickest floats of the device (bf16 on CPUs
-    that have it), or "int8" for 8-bit integers where the backend has them, the module is `Sampled` and the outputs stay
-    close; in every other case "int8" means "fast". Inputs and outputs keep the dtypes of their `TensorSpec`.
-    `fingerprint` identifies architecture, weights and samples; equal ones may share a compiled engine.
+    that have it), or "int8" and "fp8" for 8-bit integers and floats where the backend has them, the module is `Sampled`
+    and the outputs stay close; in every other case they mean "fast". Inputs and outputs keep the dtypes of their
+    `TensorSpec`.
+    `fingerprint` identifies architecture, weights and samples; equal ones may share a compiled engine. `architecture`
+    identifies all of that but the weights: where it is not "", engines of equal ones may be given each other's.
 
     >>> EngineSpec("decode", (TensorSpec("z", (1, 12, 36, 64)),), (TensorSpec("rgb", (1, 3, 288, 512)),), "mini-1")
     """
@@ -40,6 +42,7 @@ class EngineSpec:
     outputs: tuple[TensorSpec, ...]
     fingerprint: str
     precision: str = "fast"
+    architecture: str = ""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

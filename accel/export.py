@@ -11,8 +11,6 @@ A spec that asks for fp32, as SDXL's own autoencoder does, is exported as it is.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from accel.engine import EngineSpec, check
 from accel.errors import UserError
+from accel.fp8 import FORMAT as EIGHTHS
+from accel.fp8 import Reaches, quantised
 from accel.onnx_graph import cast_bytes_first, join_one_type, widen_residuals
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class Exported:
 
 def recipe(opset: int = OPSET, half: str = "float16") -> str:
     """Everything but module and spec that decides what is in the file, for keys."""
-    return f"opset {opset}; {half}; torch {version('torch')}; onnxscript {version('onnxscript')}; export {FORMAT}"
+    made = f"torch {version('torch')}; onnxscript {version('onnxscript')}; export {FORMAT}; fp8 {EIGHTHS}"
+    return f"opset {opset}; {half}; {made}"
 
 
 def missing() -> UserError | None:
@@ -62,11 +63,19 @@ def missing() -> UserError | None:
 
 
 def export(
-    module: nn.Module, spec: EngineSpec, path: Path, opset: int = OPSET, half: str = "float16", *, wide: bool = False
+    module: nn.Module,
+    spec: EngineSpec,
+    path: Path,
+    opset: int = OPSET,
+    half: str = "float16",
+    *,
+    wide: bool = False,
+    eighths: Reaches | None = None,
 ) -> Exported:
     """Write the module, which is cast in place, as `path` and `path`.data; inputs and outputs are named by the spec.
 
-    `wide` is for Turing, see `accel.onnx_graph.widen_residuals`.
+    `wide` is for Turing, see `accel.onnx_graph.widen_residuals`; layers named by `eighths` are in 8-bit floats
+    (`accel.fp8`).
 
     Raises ValueError where the module's inputs or outputs are not those of the spec.
 
@@ -81,7 +90,7 @@ def export(
     dtype: torch.dtype = getattr(torch, "float32" if spec.precision == "fp32" else half)
     typed = typed_module(module, spec, dtype)
     given = zeros(spec)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), quantised(module, eighths or {}):
         traced = torch.export.export(typed, given, strict=False)
         check(
             tuple(node.meta["val"] for node in traced.graph.output_node().args[0]), spec.outputs, f"{spec.name}: output"
@@ -169,35 +178,6 @@ def example(spec: EngineSpec, seed: int = 0) -> tuple[Tensor, ...]:
     return tuple(one(s.name, s.shape, getattr(torch, s.dtype)) for s in spec.inputs)
 
 
-def weight_map(onnx_file: Path, module: nn.Module, half: str = "float16") -> dict[str, tuple[str, bool]]:
-    """Which parameter each initializer of the file holds, and whether transposed, for refitting an engine.
-
-    The exporter renames half of them and transposes those of linear layers, so they are found by their contents.
-    Equal tensors, such as biases of zeros, cannot be told apart and are left out.
-    """
-    import onnx_ir
-    import torch
-
-    dtype: torch.dtype = getattr(torch, half)
-    parameters: dict[str, tuple[str, bool] | None] = {}
-    for name, parameter in module.state_dict().items():
-        if not parameter.is_floating_point():
-            continue
-        tensor = parameter.detach().to(dtype)
-        for value, turned in ((tensor, False), (tensor.t(), True)) if tensor.dim() == 2 else ((tensor, False),):
-            digest = _digest(tuple(value.shape), value.contiguous().view(torch.uint8).numpy().tobytes())
-            known = parameters.get(digest, (name, turned))
-            parameters[digest] = known if known is not None and known[0] == name else None
-    found = {}
-    for name, value in onnx_ir.load(onnx_file).graph.initializers.items():
-        if (held := value.const_value) is None:
-            continue
-        match = parameters.get(_digest(tuple(held.shape.numpy()), held.tobytes()))
-        if match is not None:
-            found[name] = match
-    return found
-
-
 def parity(exported: Exported, wanted: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> float:
     """The largest difference of ONNX Runtime's outputs from the wanted, each relative to the largest value wanted."""
     import numpy as np
@@ -213,10 +193,6 @@ def parity(exported: Exported, wanted: Sequence[Tensor], inputs: Mapping[str, Te
         difference = float(np.abs(output.astype(np.float64) - expected).max())
         worst = max(worst, difference / max(float(np.abs(expected).max()), 1e-12))
     return worst
-
-
-def _digest(shape: tuple[int, ...], content: bytes) -> str:
-    return json.dumps([int(n) for n in shape]) + hashlib.sha256(content).hexdigest()
 
 
 @contextmanager

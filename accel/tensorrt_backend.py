@@ -1,4 +1,4 @@
-"""TensorRT's engines at work, of either provider: bound once to static tensors, launched as one CUDA graph.
+"""TensorRT, of either provider: engines out of the cache, or given other weights, or built, and then compared.
 
 What the engines of a backend need between their layers is one buffer, as large as the largest of them asks for, so they
 run one after the other: what is to run beside them, on another lane, takes a backend of its own. LoRAs come in as
@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel import cache as store
-from accel import export
-from accel.engine import EngineSpec, Pending, check
+from accel import export, refit
+from accel.engine import EngineSpec, Sampled
 from accel.errors import UserError
-from accel.graphs import Recorder, Replay, recorded, recording
-from accel.hold import Held, hold
-from accel.tensorrt_build import Recipe, alone, built
+from accel.graphs import Recorder, recorded
+from accel.tensorrt_build import Built, alone, built
+from accel.tensorrt_compiler import Recipe
+from accel.tensorrt_engine import Scratch, TensorRTEngine
 from accel.tensorrt_jit import Kernels
 from accel.tensorrt_provider import lack, provider_for
-from accel.transfer import Event, device_errors, enqueued, event
+from accel.transfer import device_errors
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64",
-          "BOOL": "bool", "UINT8": "uint8", "INT8": "int8"}  # fmt: skip
-ALIGNED = 256  # bytes, of every bound address
 LARGEST_ERROR = 0.05  # relative L2, of an engine that is kept
+LARGEST_OF_EIGHTHS = 0.2  # in 8-bit floats, whose pictures were judged before; random UNets come to 0.15
+LARGEST_OF_OPEN = 0.01  # with weights that can be replaced: where those are, TensorRT is known to lose biases
 
 
 class TensorRTBackend:
@@ -64,7 +65,8 @@ class TensorRTBackend:
         self.fingerprint = self.recipe.fingerprint
         self._record, self._say = record, say
         self._trt: Any = self.recipe.provider.library()
-        self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
+        self._logger = self._trt.Logger(self._trt.Logger.ERROR)
+        self._runtime = self._trt.Runtime(self._logger)
         self._scratch = Scratch(torch.device(device))
 
     def load(self, module: Callable[[], nn.Module], spec: EngineSpec, cache: Path | None = None) -> TensorRTEngine:
@@ -77,7 +79,7 @@ class TensorRTBackend:
                 return self._built(module, spec, store.default_root(), None)
             key = store.key_of(self.fingerprint, spec)
             with alone(cache, key):
-                engine = self._stored(spec, cache, key)
+                engine = self._stored(spec, cache, key) or self._refitted(module, spec, cache, key)
                 return engine or self._built(module, spec, cache, key)
 
     def _stored(self, spec: EngineSpec, root: Path, key: store.Key) -> TensorRTEngine | None:
@@ -91,44 +93,99 @@ class TensorRTBackend:
             store.drop(root, folder.name)
         return engine
 
+    def _refitted(
+        self, module: Callable[[], nn.Module], spec: EngineSpec, root: Path, key: store.Key
+    ) -> TensorRTEngine | None:
+        """An engine of the same architecture with this one's weights, stored as its own; None where there can be none.
+
+        It is compared with the module, as one that was built.
+        """
+        for entry, weights in refit.relatives(root, key) if spec.architecture else ():
+            started, blob = time.monotonic(), store.read(root, entry.key)
+            raw = self._runtime.deserialize_cuda_engine(blob) if blob else None
+            if raw is None:
+                continue
+            net = module()
+            given = export.example(spec)
+            wanted = self._eager(net, spec, given)
+            try:
+                after = refit.refit(self._trt, raw, self._logger, weights, net, self._stream())
+                self._wait()  # its first launches are on a stream of their own
+                engine = TensorRTEngine(self._trt, raw, spec, self._scratch, Kernels(raw, None), self._record)
+                error = difference(engine(*given), wanted)
+                if not error < LARGEST_OF_OPEN:
+                    raise refit.Refused(f"it is {error:.1%} from the network then")
+            except refit.Refused as reason:
+                self._say(f"{spec.name}: engine {entry.digest} cannot have these weights ({reason}): building another")
+                return None
+            config = raw.create_serialization_config()
+            config.set_flag(self._trt.SerializationFlag.INCLUDE_REFIT)
+            plan, spent_s = bytes(raw.serialize_with_config(config)), time.monotonic() - started
+            store.write(root, key, plan, spent_s, error=error, beside={refit.NAME: after.to_json()})
+            engine.keep(root / store.digest_of(key))
+            self._say(f"{spec.name}: other weights for engine {entry.digest} in {spent_s:.0f} s, error {error:.1e}")
+            return engine
+        return None
+
     def _built(
         self, module: Callable[[], nn.Module], spec: EngineSpec, root: Path, key: store.Key | None
     ) -> TensorRTEngine:
+        given: list[Tensor] = []
         wanted: list[Tensor] = []
 
-        def seen() -> nn.Module:
-            net = module()
-            wanted[:] = self._eager(net, spec)
-            return net
+        def look(net: nn.Module) -> None:
+            if spec.precision == "fp8" and isinstance(net, Sampled):
+                given[:] = next(iter(net.samples(spec.inputs)))
+            else:
+                given[:] = export.example(spec)
+            wanted[:] = self._eager(net, spec, given)
 
         started = time.monotonic()
-        with built(seen, spec, self.recipe, root, self._say) as file:
+        with built(module, spec, self.recipe, root, self._say, look) as made:
             build_s = time.monotonic() - started
-            engine = self._opened(file.read_bytes(), spec, None)
+            engine = self._opened(made.file.read_bytes(), spec, None)
             if engine is None:
                 raise UserError(f"{spec.name}: TensorRT does not take its own engine", hint="use --engine torch-cuda")
-            error = difference(engine(*export.example(spec)), wanted)
-            if not error < LARGEST_ERROR:  # a NaN too
+            error = difference(engine(*given), wanted)
+            if not error < largest_error(made):  # a NaN too
+                plain = replace(spec, precision="fp32" if spec.precision == "fp32" else "fast", architecture="")
+                if plain != spec:
+                    del engine  # and its memory
+                    self._say(f"{spec.name}: {error:.1%} from the network it was made of, building a plain one")
+                    return self._built(module, plain, root, key)
                 raise UserError(
                     f"{spec.name}: TensorRT's engine is {error:.1%} from the network it was made of",
                     hint="use --engine torch-cuda, and report it",
                 )
             if key:
-                store.write(root, key, file, build_s, error=error)
+                store.write(root, key, made.file, build_s, error=error, beside=made.beside)
                 engine.keep(root / store.digest_of(key))
         self._say(f"{spec.name}: built in {build_s:.0f} s, error {error:.1e}")
         return engine
 
-    def _eager(self, net: nn.Module, spec: EngineSpec) -> list[Tensor]:
-        """What the module itself makes of the example on this device, in the engine's precision."""
+    def _eager(self, net: nn.Module, spec: EngineSpec, given: Sequence[Tensor]) -> list[Tensor]:
+        """What the module itself makes of this on the device, in the engine's precision, which it has from then on."""
         import torch
 
         dtype: torch.dtype = getattr(torch, "float32" if spec.precision == "fp32" else self.recipe.half)
         with torch.inference_mode(False), torch.no_grad():
             typed = export.typed_module(net, spec, dtype).to(self.device)
-            found = [output.clone() for output in typed(*(t.to(self.device) for t in export.example(spec)))]
+            found = [output.clone() for output in typed(*(t.to(self.device) for t in given))]
             typed.to("cpu")  # for the export, and so that the GPU is the engine's
         return found
+
+    def _stream(self) -> int:
+        """The handle of the caller's stream."""
+        import torch
+
+        device = self._scratch.device
+        return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+    def _wait(self) -> None:
+        import torch
+
+        if self._scratch.device.type == "cuda":
+            torch.cuda.synchronize(self._scratch.device)
 
     def _opened(self, blob: bytes, spec: EngineSpec, folder: Path | None) -> TensorRTEngine | None:
         raw = self._runtime.deserialize_cuda_engine(blob)
@@ -140,113 +197,11 @@ class TensorRTBackend:
         return engine
 
 
-class Scratch:
-    """Memory for what lies between layers, of engines that run one after the other on one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self.device = device
-        self.last: Event = event(device)  # recorded behind each launch that uses it
-        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
-
-    def of(self, size: int) -> Tensor:
-        """A buffer of at least so many bytes. Those given before stay valid: recorded graphs know their addresses."""
-        import torch
-
-        if size > self._buffer.numel():
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-        return self._buffer
-
-
-class Bound:
-    """An execution context of a static engine, and the tensors it reads and writes; called, it launches its kernels."""
-
-    def __init__(self, raw: Any, context: Any, spec: EngineSpec, device: torch.device) -> None:
-        import torch
-
-        self.spec, self.device = spec, device
-        self._context = context
-        names = export.output_names(spec)
-        for expected, name in (*((s, s.name) for s in spec.inputs), *zip(spec.outputs, names, strict=True)):
-            shape, dtype = tuple(raw.get_tensor_shape(name)), DTYPES.get(raw.get_tensor_dtype(name).name)
-            if shape != expected.shape or dtype != expected.dtype:
-                wanted = f"{expected.dtype} {expected.shape}"
-                raise ValueError(f"{spec.name}: the engine's {name} is {dtype} {shape}, not {wanted}")
-        self.outputs = tuple(torch.zeros(s.shape, dtype=getattr(torch, s.dtype), device=device) for s in spec.outputs)
-        for tensor, name in zip(self.outputs, names, strict=True):
-            self._bind(tensor, name)
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Enqueue on the current stream; the inputs are always the same tensors, those of `Replay`."""
-        import torch
-
-        for tensor, spec in zip(inputs, self.spec.inputs, strict=True):
-            self._bind(tensor, spec.name)
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        if not self._context.execute_async_v3(stream):
-            raise RuntimeError(f"{self.spec.name}: TensorRT could not enqueue")
-        return self.outputs
-
-    def _bind(self, tensor: Tensor, name: str) -> None:
-        """Let the engine read or write there; nothing happens where it already does."""
-        address = tensor.data_ptr()
-        if self._context.get_tensor_address(name) == address:
-            return
-        fits = tensor.is_contiguous() and address % ALIGNED == 0
-        if not fits or not self._context.set_tensor_address(name, address):  # it says False where others raise
-            raise RuntimeError(f"{self.spec.name}: {name} cannot be bound")
-
-
-class TensorRTEngine:
-    """An engine with its inputs and outputs on the GPU; outputs are valid until the next launch.
-
-    It runs on the caller's current stream, behind the launch before of any engine of its backend. Inputs may be
-    anywhere; launched while a larger graph is being recorded, it becomes a part of that.
-    """
-
-    def __init__(
-        self, trt: Any, raw: Any, spec: EngineSpec, scratch: Scratch, kernels: Kernels, record: Recorder | None
-    ) -> None:
-        import torch
-
-        self.spec = spec
-        self.device = scratch.device
-        self.record = record  # how a larger graph with it inside can be recorded
-        self._raw, self._shared, self._kernels = raw, scratch, kernels
-        self._held: Held | None = None
-        context = kernels.context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if context is None:
-            raise UserError(f"{spec.name}: no room on the GPU for this engine", hint="a smaller --size or --model")
-        self._scratch = scratch.of(int(raw.device_memory_size_v2))
-        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
-        with torch.inference_mode(False):  # or nothing else could write to its tensors
-            bound = Bound(raw, context, spec, self.device)
-            self.replay = Replay(bound, export.example(spec), spec.name, self.device, record)
-        kernels.save()
-
-    def keep(self, folder: Path) -> None:
-        """Its place in the cache: not to be pruned while it is in use, and where the compiled kernels go."""
-        self._held = hold(folder)
-        self._kernels.folder = folder
-        self._kernels.save()
-
-    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The outputs, still being computed: whatever uses them on this stream comes behind. Waits for nothing."""
-        import torch
-
-        check(tensors, self.spec.inputs, self.spec.name)
-        if recording(self.device):
-            return self.replay(*tensors)
-        with torch.inference_mode(), device_errors(self.spec.name):
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).wait_event(self._shared.last)  # type: ignore[arg-type]
-            outputs = self.replay(*tensors)
-            self._shared.last.record()
-        return outputs
-
-    def launch(self, *tensors: Tensor) -> Pending:
-        return enqueued(self(*tensors), self.device)
+def largest_error(made: Built) -> float:
+    """How far such an engine may be from the network it was made of."""
+    if made.error is not None:
+        return LARGEST_OF_EIGHTHS
+    return LARGEST_OF_OPEN if refit.NAME in made.beside else LARGEST_ERROR
 
 
 def difference(found: tuple[Tensor, ...], wanted: list[Tensor]) -> float:

@@ -1,7 +1,8 @@
 """The compiler's process: `python -m accel.tensorrt_compile PROVIDER TARGET network.onnx engine.bin [timing.bin]`.
 
-Its last line is JSON: {} when the engine is written, else {"refused": why} or {"disk": why}. It ends when its standard
-input does, so nobody is left behind who builds for nobody. Strong types: the precision is that of the file.
+Where `accel.refit`'s map lies beside the network, the engine can be given other weights. The last line is JSON: {} when
+the engine is written, else {"refused": why} or {"disk": why}. It ends when its standard input does, so nobody is left
+behind who builds for nobody. Strong types: the precision is that of the file.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from accel.machine import give_way
+from accel.refit import NAME, WeightMap
 from accel.tensorrt_provider import PROVIDERS, Provider
 
-FORMAT = 1  # raise it when the settings below change what is built: part of every key
+FORMAT = 2  # raise it when the settings below change what is built: part of every key
 NOISE = ("cudaError 35", "Begin node", "End node", "Node name:")  # no driver here, and the parser's commentary
 
 
@@ -55,6 +57,8 @@ def compiled(provider: Provider, target: str, network: Path, timing: Path | None
         config.num_compute_capabilities = 1
         if not config.set_compute_capability(getattr(trt.ComputeCapability, target.replace("_", "").upper()), 0):
             raise RuntimeError(f"{target} is not supported")
+    if (mapped := network.with_name(NAME)).is_file():
+        _keep_open(trt, definition, config, WeightMap.of_json(mapped.read_bytes()))
     cache = _timings(config, timing) if timing else None
     plan = builder.build_serialized_network(definition, config)
     if plan is None:
@@ -62,6 +66,14 @@ def compiled(provider: Provider, target: str, network: Path, timing: Path | None
     if timing and cache is not None:
         _replace(timing, bytes(cache.serialize()))
     return plan
+
+
+def _keep_open(trt: Any, definition: Any, config: Any, weights: WeightMap) -> None:
+    """Let these weights be replaced: one by one, since to leave all open TensorRT-RTX wants a card at hand."""
+    config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+    for name in weights.tensors:
+        if not definition.mark_weights_refittable(name):
+            raise RuntimeError(f"{name} cannot be kept open")
 
 
 def _listener(trt: Any) -> Any:

@@ -78,6 +78,15 @@ def sm_of(text: str) -> str:
     return f"sm_{digits}"
 
 
+def has_fp8(sm: str) -> bool:
+    """Whether a card multiplies 8-bit floats: from Ada on.
+
+    >>> has_fp8("sm_86"), has_fp8("sm_120")
+    (False, True)
+    """
+    return int(sm.removeprefix("sm_")) >= 89
+
+
 def provider_for(sm: str) -> Provider:
     """The library for a card that is here; UserError where it is not installed, or none serves the card."""
     if sm in RTX.targets and RTX.version():

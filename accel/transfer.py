@@ -1,4 +1,4 @@
-"""To the device and back: page-locked buffers in a ring, events, and a stream for each of the two lanes.
+"""To the device and back: page-locked buffers, events, and the stream of the frame lane, which goes first.
 
 Everything here works on a CPU too, where nothing is copied, recorded or waited for.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
 
 from accel.engine import Pending, Ready
 from accel.errors import UserError
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEPTH = 2  # buffers of a ring: one on its way while the other is being filled or read
-Lane = Literal["frame", "style"]
-PRIORITY: dict[Lane, int] = {"frame": -1, "style": 0}  # CUDA's: lower goes first
+FIRST = -1  # CUDA's priority: lower goes first; the default stream has 0, the least
 
 
 class Event(Protocol):
@@ -162,19 +162,58 @@ class Verdict:
         return refused
 
 
-@contextmanager
-def on_lane(lane: Lane, device: torch.device) -> Iterator[None]:
-    """Put the block's work on that lane's stream of the device: the frame lane's goes first when both have some.
+def brought(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor's copy on the device, on the current stream; the host's may be written to at once.
 
-    Each thread enters its own lane once and stays in it; what one lane hands to the other goes with its event.
+    Page-locked memory comes from PyTorch's own store of it, which gives none out again before its copy is over.
+    """
+    if tensor.device.type == device.type:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def fetched(tensor: Tensor) -> Pending:
+    """A copy in the host's memory, behind what the current stream does; the caller's own."""
+    import torch
+
+    if tensor.device.type != "cuda":
+        return Ready((tensor,))
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return enqueued((host,), tensor.device)
+
+
+def frame_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Put the block's work on the device's stream that goes first: the frame lanes', in whichever thread.
+
+    Everything else is on the default stream. What one makes for the other is `handed` over.
     """
     import torch
 
     if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.stream(torch.cuda.Stream(device, priority=PRIORITY[lane])):  # type: ignore[no-untyped-call]
-        yield
+        return nullcontext()
+    return torch.cuda.stream(_first(device.index or 0))
+
+
+def handed(tensor: Tensor) -> Tensor:
+    """A tensor of the frame stream's for the current one, which waits for it on the device.
+
+    Its memory is not used anew before that is through with it.
+    """
+    import torch
+
+    if tensor.device.type == "cuda":
+        here = torch.cuda.current_stream(tensor.device)
+        here.wait_stream(_first(tensor.device.index))
+        tensor.record_stream(here)
+    return tensor
+
+
+@lru_cache(maxsize=8)
+def _first(card: int) -> torch.cuda.Stream:
+    import torch
+
+    return torch.cuda.Stream(card, priority=FIRST)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

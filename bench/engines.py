@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 WARMUP = 3  # launches before the clock counts
 REFERENCES = ("torch", "torch-cuda-eager")  # whose times the others' are told as a ratio of
-OF_FLOAT32 = {"fp32": 1.0, "fast": 0.5, "int8": 0.25}  # bytes of a weight, by precision
+OF_FLOAT32 = {"fp32": 1.0, "fast": 0.5, "int8": 0.25, "fp8": 0.25}  # bytes of a weight, by precision
 MB = 1e6
 
 

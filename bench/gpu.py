@@ -65,6 +65,17 @@ def build(folder: Path) -> dict[str, Any]:
     return {"summary": f"compiled in {time.perf_counter() - begun:.0f} s"}
 
 
+def build_batch(folder: Path) -> dict[str, Any]:
+    """The same for frames of several sessions in one launch."""
+    from bench.scale import BATCH
+    from models.load import load
+
+    begun = time.perf_counter()
+    stylizer = load(str(folder), SIZE, "torch-cuda", print)
+    stylizer.widen(BATCH)
+    return {"summary": f"up to {stylizer.width} frames a launch: compiled in {time.perf_counter() - begun:.0f} s"}
+
+
 def engines(folder: Path) -> dict[str, Any]:
     """Every network eager, recorded, and compiled and recorded, against float32 on the CPU."""
     from accel.cache import default_root
@@ -101,6 +112,23 @@ def latency(folder: Path) -> dict[str, Any]:
     return latency.measure(model=str(folder), engines=("torch-cuda",), size=SIZE, frames=400, log=print)
 
 
+def lane(folder: Path) -> dict[str, Any]:
+    """The frame lane while the style lane is never idle. RAFT's weights are random, and take the time of real ones."""
+    from safetensors.torch import save_file
+
+    from bench import latency
+    from models.addons import ADDONS
+    from models.raft import RaftNet
+
+    weights = ADDONS["raft-small"].folder  # among this run's own models
+    weights.mkdir(parents=True, exist_ok=True)
+    save_file(RaftNet().state_dict(), weights / "raft.safetensors")
+    settings = ("temporal.mode=reproject", "temporal.refiner=analytic", "temporal.flow=raft")
+    return latency.measure(
+        model=str(folder), engines=("torch-cuda",), size=SIZE, frames=600, settings=settings, log=print
+    )
+
+
 def frame(folder: Path) -> dict[str, Any]:
     """One stream's frame, its networks alone, and a trace."""
     from accel.cache import default_root
@@ -120,7 +148,14 @@ def scale(folder: Path) -> dict[str, Any]:
     """So many sessions at once."""
     from bench import scale
 
-    return scale.measure(model=str(folder), engine="torch-cuda", size=SIZE, counts=(1, 2, 4, 8), log=print)
+    return scale.measure(model=str(folder), engine="torch-cuda", size=SIZE, counts=(1, 2, 4, 8), log=print, batch=1)
+
+
+def scale_batch(folder: Path) -> dict[str, Any]:
+    """Four sessions whose frames share launches, against one."""
+    from bench import scale
+
+    return scale.measure(model=str(folder), engine="torch-cuda", size=SIZE, counts=(1, 4), log=print)
 
 
 PIECES = (
@@ -128,9 +163,12 @@ PIECES = (
     Piece("build", 590, build, "sd-turbo"),
     Piece("engines", 400, engines, "sd-turbo"),
     Piece("latency", 240, latency, "sd-turbo"),
+    Piece("latency-lane", 240, lane, "sd-turbo"),
     Piece("frame", 180, frame, "sd-turbo"),
     Piece("peers", 300, peers, "sd-turbo"),
     Piece("scale", 240, scale, "sd-turbo"),
+    Piece("build-batch", 590, build_batch, "sd-turbo"),
+    Piece("scale-batch", 240, scale_batch, "sd-turbo"),
     Piece("engines-xl", 400, engines_uncompiled, "sdxl-turbo"),
 )
 
@@ -205,7 +243,8 @@ def played(piece: Piece, work: Path, limit_s: float) -> tuple[str, str, dict[str
     answer.unlink(missing_ok=True)
     command = [sys.executable, "-m", "bench.gpu", "--piece", piece.name, "--work", str(work)]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # of a checkout, not installed
-    own = os.environ | {"LIVESTYLE_CACHE": str(work / "cache"), "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    places = {"LIVESTYLE_CACHE": str(work / "cache"), "LIVESTYLE_MODELS": str(work / "models")}  # nothing of the user's
+    own = os.environ | places | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as out:
         # A session of its own, so that a compiler's or a peer's processes end with it.
         child = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=own, start_new_session=True)

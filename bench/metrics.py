@@ -4,7 +4,7 @@ A clip is a sequence of pictures (H, W, 3) RGB, either uint8 in 0–255 or float
 Flows are the project's backward flows, in pixels, x then y: `estimator(now, before)` leads from each pixel of the first
 picture to where it is found in the second. The source's motion is worked out once and serves every variant of it:
 
-    motion = tuple(pairs(source, flow_estimator("raft-large")))
+    motion = tuple(pairs(source, flow_estimator("raft")))
     for output in variants:
         print(e_warp(output, motion), hf_log_ratio(output, source))
 

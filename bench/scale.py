@@ -1,4 +1,7 @@
-"""How many live streams one device carries: sessions of one model through one worker, each with a camera of its own."""
+"""How many live streams one device carries: sessions of one model through one worker, each with a camera of its own.
+
+Every number of sessions is played one frame per launch, and with the frames of several sessions in one (`batch`).
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from stream.sink import open_sink
 from stream.worker import Worker
 
 COUNTS = (1, 2, 4)
+BATCH = 4
 MOST = 64
 ROUNDS = 2  # of every number of sessions, the second in reverse order, so that drift cancels
 CLIP_FRAMES = 32  # of the source, shown over and over
@@ -35,6 +39,7 @@ MODE = "temporal.mode=every-frame"  # else the rate would be kept by diffusing l
 PATIENCE = 60.0  # s for a session to end
 
 Picture = NDArray[np.uint8]
+Lane = tuple[int, int]  # sessions, and how many of their frames a launch takes
 
 
 @dataclass(slots=True)
@@ -87,11 +92,12 @@ def measure(
     fps: float = 240.0,
     settings: Sequence[str] = (),
     log: Callable[[str], None] = lambda line: None,
+    batch: int = BATCH,
 ) -> dict[str, Any]:
     """Play each number of sessions for `seconds` altogether, and return a record. Raises UserError.
 
     Cameras give `fps` frames a second, which has to be more than the device can paint. Every frame that is taken is
-    diffused.
+    diffused; more than one session also with up to `batch` frames in a launch.
     """
     from models.load import load
     from models.structure import structure_of
@@ -102,18 +108,20 @@ def measure(
     started = record.start()
     pictures = first_pictures(source, size, CLIP_FRAMES)
     shape = (pictures[0].shape[1], pictures[0].shape[0])
-    turns: dict[int, list[Turn]] = {count: [] for count in counts}
     stylizer = load(model, shape, engine, log, structure=structure_of(params))
-    with Worker(stylizer) as worker:
-        _play(worker, pictures, fps, 1, seconds / ROUNDS, params)  # warms up
+    stylizer.widen(min(batch, max(counts)))
+    turns: dict[Lane, list[Turn]] = {(n, width): [] for n in counts for width in (1, min(n, stylizer.width))}
+    with Worker(stylizer, batch=1) as apart, Worker(stylizer, batch=batch) as together:
+        _play(apart, pictures, fps, 1, seconds / ROUNDS, params)  # warms up
         for turn in range(ROUNDS):
-            for count in list(counts)[:: 1 if turn % 2 == 0 else -1]:
-                log(f"{count} session{'s' * (count > 1)}, {turn + 1} of {ROUNDS}")
-                turns[count].append(_play(worker, pictures, fps, count, seconds / ROUNDS, params))
+            for count, width in list(turns)[:: 1 if turn % 2 == 0 else -1]:
+                log(f"{_named(count, width)}, {turn + 1} of {ROUNDS}")
+                worker = apart if width == 1 else together
+                turns[count, width].append(_play(worker, pictures, fps, count, seconds / ROUNDS, params))
     work: dict[str, Any] = {**record.model_of(model), **record.source_of(source), "size": f"{shape[0]}x{shape[1]}"}
     work |= {"seconds": seconds, "camera_fps": fps, "settings": record.changed(params)}
-    lanes = {_named(count): _metrics(mine) for count, mine in turns.items()}
-    return record.record("scale", started, work, lanes, _report(turns, work, dict(stylizer.info)))
+    metrics = {_named(*lane): _metrics(mine) for lane, mine in turns.items()}
+    return record.record("scale", started, work, metrics, _report(turns, work, dict(stylizer.info)))
 
 
 def counts_of(text: str) -> tuple[int, ...]:
@@ -163,8 +171,13 @@ def _wait(sessions: Sequence[Session], seconds: float) -> None:
                 raise session.error
 
 
-def _named(count: int) -> str:
-    return f"{count} session{'s' * (count > 1)}"
+def _named(count: int, width: int) -> str:
+    together = f", {width} frames a launch" if width > 1 else ""
+    return f"{count} session{'s' * (count > 1)}{together}"
+
+
+def _short(count: int, width: int) -> str:
+    return f"{count}, {width} a launch" if width > 1 else str(count)
 
 
 def _metrics(turns: Sequence[Turn]) -> dict[str, Any]:
@@ -176,22 +189,23 @@ def _metrics(turns: Sequence[Turn]) -> dict[str, Any]:
     }
 
 
-def _report(turns: dict[int, list[Turn]], work: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
-    results = {str(count): _result(mine) for count, mine in turns.items()}
-    least = min(turns)
+def _report(turns: dict[Lane, list[Turn]], work: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+    results = {lane: _result(mine) for lane, mine in turns.items()}
+    one = results[min(turns)]["fps"]
     for result in results.values():
-        one = results[str(least)]["fps"]
         result["ratio"] = round(result["fps"] / one, 3) if one else 0.0
-    fed = [n for n, r in results.items() if r["fps"] > FED * work["camera_fps"] * int(n)]
-    limited = f" With {', '.join(fed)} the cameras were the limit: give them more --fps." if fed else ""
+    fed = [_named(*lane) for lane, r in results.items() if r["fps"] > FED * work["camera_fps"] * lane[0]]
+    limited = f" With {'; '.join(fed)} the cameras were the limit: give them more --fps." if fed else ""
+    most = max(turns)
+    shared = f" {_named(*most)}: {results[most]['ratio']:.2f} × the frames of {_named(*min(turns))}."
     return {
         "title": f"Sessions of {work['model']} at {work['size']}",
         "summary": f"{info.get('engine')}, one worker, cameras of {work['camera_fps']:g} fps, {work['seconds']:g} s of "
-        f"each number in {ROUNDS} turns.{limited}",
+        f"each in {ROUNDS} turns.{shared}{limited}",
         "engine": info.get("engine"),
         "device": info.get("device"),
-        "sessions": results,
-        "sections": _sections(turns, results, least),
+        "sessions": {_short(*lane): result for lane, result in results.items()},
+        "sections": _sections(turns, results),
     }
 
 
@@ -207,28 +221,48 @@ def _result(turns: Sequence[Turn]) -> dict[str, Any]:
     }
 
 
-def _sections(turns: dict[int, list[Turn]], results: dict[str, Any], least: int) -> list[dict[str, Any]]:
-    columns = ["sessions", "fps in all", "fps of each", f"× {least}", "p50 ms", "p99 ms", "MB"]
+def _sections(turns: dict[Lane, list[Turn]], results: dict[Lane, dict[str, Any]]) -> list[dict[str, Any]]:
+    columns = [
+        "sessions",
+        "frames a launch",
+        "fps in all",
+        "fps of each",
+        f"× {min(turns)[0]}",
+        "p50 ms",
+        "p99 ms",
+        "MB",
+    ]
     rows = [
         [
-            *(count, f"{r['fps']:.1f}"),
+            *(str(count), str(width), f"{r['fps']:.1f}"),
             f"{r['fps_of_a_session']['least']:.1f}–{r['fps_of_a_session']['most']:.1f}",
             *(f"{r['ratio']:.2f}", f"{r['latency_ms']['p50']:.1f}", f"{r['latency_ms']['p99']:.1f}"),
             f"{r['memory_mb']:.0f}",
         ]
-        for count, r in results.items()
+        for (count, width), r in results.items()
     ]
-    ordered = sorted(turns)
+    ways = {"one frame a launch": [lane for lane in sorted(turns) if lane[1] == 1]}
+    if shared := [lane for lane in sorted(turns) if lane[1] > 1]:
+        ways["shared launches"] = shared
+    rate = [
+        {"label": label, "x": [n for n, _ in lanes], "y": [results[lane]["fps"] for lane in lanes]}
+        for label, lanes in ways.items()
+    ]
     latency = [
-        {"label": percent, "x": ordered, "y": [results[str(n)]["latency_ms"][percent] for n in ordered]}
+        {
+            "label": f"{percent}, {label}",
+            "x": [n for n, _ in lanes],
+            "y": [results[lane]["latency_ms"][percent] for lane in lanes],
+        }
+        for label, lanes in ways.items()
         for percent in ("p50", "p99")
     ]
-    rate = [{"label": "all together", "x": ordered, "y": [results[str(n)]["fps"] for n in ordered]}]
     return [
         {
             "kind": "table",
             "title": "Sessions",
-            "note": "Latency: capture to sink, newest frame wins. MB: of the process, the model's own included.",
+            "note": "Frames a launch: at most. Latency: capture to sink, newest frame wins. MB: of the process, the "
+            "model's own included.",
             "columns": columns,
             "rows": rows,
         },

@@ -6,24 +6,22 @@ both share, and the copy has the LoRAs' branches beside its layers: streams with
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from accel.errors import UserError
+from models.kept import Kept
 from models.lora import Update, fitted, read_lora, weight_of
 from models.slots import Changes, Slots, beside
-from models.worn import LoraSet, rank_of
+from models.worn import LoraSet, Stamp, rank_of
 
-K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 Fitted = Mapping[str, Mapping[str, Update]]  # what a file does to each network's layers
 
@@ -56,46 +54,15 @@ def dressed(model: nn.Module, changes: Changes) -> nn.Module:
     return found
 
 
-class Kept(Generic[K, V]):
-    """What was made lately, by key, up to a size; the newest always. Any thread may ask.
-
-    What is there is given at once, also while something else is being made, which happens one at a time.
-    """
-
-    def __init__(self, most: float, size: Callable[[V], float]) -> None:
-        self._most, self._size = most, size
-        self._known: OrderedDict[K, V] = OrderedDict()
-        self._looking, self._making = Lock(), Lock()
-
-    def get(self, key: K, make: Callable[[], V]) -> V:
-        if (found := self._find(key)) is not None:
-            return found
-        with self._making:
-            if (found := self._find(key)) is not None:
-                return found
-            made = make()
-            with self._looking:
-                self._known[key] = made
-                total = sum(map(self._size, self._known.values()))
-                while total > self._most and len(self._known) > 1:
-                    total -= self._size(self._known.popitem(last=False)[1])
-            return made
-
-    def _find(self, key: K) -> V | None:
-        with self._looking:
-            if key in self._known:
-                self._known.move_to_end(key)
-            return self._known.get(key)
-
-
 class Loras(Generic[V]):
-    """The LoRAs that a model's streams wear: each file is read and fitted once. Any thread may ask.
+    """The LoRAs that a model's streams wear: each file is read and fitted once, and again when it was written over.
+
+    Any thread may ask.
 
     `slots` is the room in the UNet's graph, None = none; `texts` are the text models by their names in a pipeline, and
-    `reader` makes of them, or of their dressed copies, what reads prompts; `device` is where the graph's engine takes
-    its inputs from.
+    `reader` makes of them, or of their dressed copies, what reads prompts.
 
-    >>> loras = Loras(slots, folder.text_models(), folder.reader)
+    >>> loras = Loras(slots, text.models, text.with_models)
     >>> worn = lora_set("ink.safetensors:0.8")
     >>> loras.tensors(worn), loras.reader(worn).embed("a cat")
     """
@@ -105,13 +72,12 @@ class Loras(Generic[V]):
         slots: Slots | None,
         texts: Mapping[str, nn.Module],
         reader: Callable[[Mapping[str, nn.Module]], V],
-        device: str = "cpu",
     ) -> None:
-        self._slots, self._texts, self._read_with, self._device = slots, texts, reader, device
+        self._slots, self._texts, self._read_with = slots, texts, reader
         self._plain = reader(texts)
-        self._files: Kept[Path, Fitted] = Kept(FILES_MB, megabytes_of_updates)
+        self._files: Kept[tuple[Path, Stamp], Fitted] = Kept(FILES_MB, megabytes_of_updates)
         self._tensors: Kept[LoraSet, dict[str, Tensor]] = Kept(SETS_MB, lambda found: megabytes(found.values()))
-        self._readers: Kept[LoraSet, V] = Kept(READERS, lambda reader: 1)
+        self._readers: Kept[LoraSet, V] = Kept(READERS)
 
     def tensors(self, worn: LoraSet) -> dict[str, Tensor]:
         """What the graph takes for these LoRAs, not to be written to; nothing where it has no room.
@@ -125,7 +91,7 @@ class Loras(Generic[V]):
                 if rank := rank_of(worn):
                     raise UserError("there is no room for LoRAs", hint=f"start with style.lora_rank={rank}")
                 return {}
-            return {name: tensor.to(self._device) for name, tensor in self._slots.tensors(changes).items()}
+            return self._slots.tensors(changes)
 
         return self._tensors.get(worn, make)
 
@@ -146,13 +112,13 @@ class Loras(Generic[V]):
     def _changes(self, part: str, worn: LoraSet) -> Changes:
         """What changes each layer of a network. Files at scale 0 are read as well: a slider will want them."""
         found: dict[str, list[tuple[Update, float]]] = {}
-        for path, scale in worn:
-            for layer, update in self._fitted(path).get(part, {}).items():
+        for path, stamp, scale in worn:
+            for layer, update in self._fitted(path, stamp).get(part, {}).items():
                 if scale:
                     found.setdefault(layer, []).append((update, scale))
         return found
 
-    def _fitted(self, path: Path) -> Fitted:
+    def _fitted(self, path: Path, stamp: Stamp) -> Fitted:
         """UserError where a file does not fit, or does nothing here."""
 
         def read() -> Fitted:
@@ -166,7 +132,7 @@ class Loras(Generic[V]):
                 raise UserError(f"{path.name} changes nothing here", hint=f"it has no layers of: {', '.join(networks)}")
             return found
 
-        return self._files.get(path, read)
+        return self._files.get((path, stamp), read)
 
 
 def megabytes(tensors: Iterable[Tensor]) -> float:

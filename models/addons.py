@@ -55,6 +55,8 @@ def _picture(family: str, file: str, megabytes: float) -> AddOn:
     )
 
 
+WHOLE = (".safetensors", ".onnx")  # endings of weights, one file each
+
 # ControlNet 1.1 (Zhang and Agrawala 2023, arXiv 2302.05543). Where a repository's own branch has no safetensors, the
 # pickled weights are fetched and written anew as safetensors; see `weights.unpickled`.
 PICKLED = "diffusion_pytorch_model.bin"
@@ -104,6 +106,37 @@ ADDONS: dict[str, AddOn] = {
             kind="distances",
         ),
         AddOn(
+            name="rtmo-small",
+            about="RTMO small: people's poses, for openpose control",
+            licence="Apache-2.0",
+            megabytes=39.6,
+            sources=(
+                Source(
+                    "",
+                    "Xenova/RTMO-s",  # OpenMMLab's network as ONNX
+                    ("config.json", "onnx/model.onnx"),
+                    revision="d8c526187f341d287753831c9c8b1ecc4855bba1",
+                    sha256=(("onnx/model.onnx", "1cd6a3517658903233e9ccb78666554862f57f0944b6886e2048093594aef4e7"),),
+                ),
+            ),
+            kind="bodies",
+        ),
+        AddOn(
+            name="raft-small",
+            about="RAFT-small: optical flow, for temporal.flow=raft",
+            licence="BSD-3-Clause; trained on FlyingChairs and FlyingThings3D, which are for research",
+            megabytes=4.0,
+            sources=(
+                Source(
+                    "",
+                    "https://download.pytorch.org/models",  # torchvision's; part of the digest is in the name
+                    ("raft_small_C_T_V2-01064c6d.pth",),
+                    sha256=(("raft_small_C_T_V2-01064c6d.pth", "01064c6d"),),
+                ),
+            ),
+            kind="flow",
+        ),
+        AddOn(
             name="safety-checker",
             about="Stable Diffusion's safety checker, for style.safety",
             licence="CreativeML OpenRAIL-M",
@@ -116,13 +149,12 @@ ADDONS: dict[str, AddOn] = {
         ),
     )
 }
-CONTROLS = tuple(dict.fromkeys(row.kind for row in ADDONS.values() if row.name.startswith("controlnet-")))
 
 
 def addon(kind: str, family: str = "") -> Path:
     """The folder of a fetched add-on, its files looked over; UserError says how to get it.
 
-    `kind` is a control's name, or "picture", "distances", "safety"; `family` is that of `family_of`.
+    `kind` is a control's name, or "picture", "distances", "bodies", "flow", "safety"; `family` is that of `family_of`.
 
     >>> addon("canny", family_of(folder.config("unet")))
     """
@@ -137,7 +169,7 @@ def addon(kind: str, family: str = "") -> Path:
         raise UserError(
             f"no {what} is known for {SPOKEN.get(family, 'this kind of model')}", hint=f"{has}one of yours: {key}"
         )
-    if not (row.folder / "config.json").is_file() and not any(row.folder.glob("*.safetensors")):
+    if not any(file.name == "config.json" or file.suffix in WHOLE for file in row.folder.glob("*")):
         size = f"{row.megabytes / 1000:.1f} GB" if row.megabytes >= 1000 else f"{row.megabytes:.0f} MB"
         raise UserError(f"{row.name} is not here yet ({size})", hint=f"`livestyle fetch {row.name}`")
     return sound(row.folder, row.name)

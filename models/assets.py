@@ -12,6 +12,7 @@ from models.rows import models_root
 Kind = Literal["loras", "pictures", "embeddings"]
 
 KEYS = ("style.lora", "style.picture", "style.picture_adapter", "style.embeddings", "style.control")  # that name files
+GONE = (0, 0)  # the stamp of no file
 PATH = re.compile(r"[/\\~]|\.\.|(^|[,=\s])[A-Za-z]:(?![\d.+-])")  # what a bare name, even with a scale, has none of
 
 
@@ -22,6 +23,15 @@ def asset(name: str, kind: Kind) -> Path:
         return kept if not path.exists() and kept.is_file() else path
     except OSError:  # a name that is too long
         return path
+
+
+def stamp_of(file: Path) -> tuple[int, int]:
+    """What changes with a file's content, as a rule: time and size; zeros where there is no such file."""
+    try:
+        found = file.stat()
+    except OSError:
+        return GONE
+    return found.st_mtime_ns, found.st_size
 
 
 def check_bare(key: str, value: object) -> None:

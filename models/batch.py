@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from models.denoise import Network, Trajectory, advance
+from models.denoise import Network, Trajectory, advance, answered
 
 
 class StreamBatch:
@@ -53,7 +53,7 @@ class StreamBatch:
         self._before: list[Tensor | None] = [None] * self.steps  # the newest estimate of x0 at each step
 
     def _turn(self, network: Network, newest: Trajectory | None) -> Trajectory | None:
-        self._flights = advance(network, [newest, *self._flights[:-1]], self._before, self.width)
+        self._flights = answered(network, advance([newest, *self._flights[:-1]], self._before, self.width))
         for k, flight in enumerate(self._flights):
             if flight is not None:
                 self._before[k] = flight.estimates[k]

@@ -16,14 +16,16 @@ def build(
     target: str | None = None,
     log: Callable[[str], None] = lambda line: None,
     structure: Structure = PLAIN,
+    batch: int = 1,
 ) -> None:
     """Fill the cache with what `load` will ask for. TensorRT builds for a `target` ("sm_89"), with no card here.
 
-    Without a target it builds for the card that is here. Raises UserError as `load` does.
+    Without a target it builds for the card that is here. `batch`: also engines for launches of so many streams' frames.
+    Raises UserError as `load` does.
 
     >>> build("sd-turbo", (512, 512), "tensorrt", "sm_89", log=print)
     """
-    load(model, size, engine, log, structure=structure, backend=_ahead(engine, target, log))
+    load(model, size, engine, log, structure=structure, backend=_ahead(engine, target, log)).widen(batch)
 
 
 def _ahead(engine: str, target: str | None, log: Callable[[str], None]) -> Backend | None:

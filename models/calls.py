@@ -41,18 +41,27 @@ class Calls:
     def __call__(self, rows: Rows) -> Tensor:
         """The outputs (n, C, h, w) of one call, in memory of their own."""
         with self.stages("unet"):
-            call = called(rows)
-            for companion in self.companions:
-                for row, fresh in zip(rows.rows, rows.fresh, strict=True):
-                    if fresh:
-                        companion.reset(row)
-            given = self._inputs(rows, call)
-            output, *rest = self._engine(*(given[name] for name in self._given))
-            found = dict(zip(self._found[1:], rest, strict=True))
-            for companion in self.companions:
-                companion.keep(call, found)
-            newest = output.view(len(rows.rows), -1, *output.shape[1:])[:, -1]  # of a row's block of frames
-            return newest.clone()
+            call, given = self.begin(rows)
+            return self.keep(call, self._engine(*given))
+
+    def begin(self, rows: Rows) -> tuple[Call, tuple[Tensor, ...]]:
+        """A call as companions see it, and what the engine takes for it."""
+        call = called(rows)
+        for companion in self.companions:
+            for row, fresh in zip(rows.rows, rows.fresh, strict=True):
+                if fresh:
+                    companion.reset(row)
+        given = self._inputs(rows, call)
+        return call, tuple(given[name] for name in self._given)
+
+    def keep(self, call: Call, outputs: Sequence[Tensor]) -> Tensor:
+        """Remember what the engine gave for it; the newest frames' outputs (n, C, h, w), in memory of their own."""
+        output, *rest = outputs
+        found = dict(zip(self._found[1:], rest, strict=True))
+        for companion in self.companions:
+            companion.keep(call, found)
+        newest = output.view(len(call.rows), -1, *output.shape[1:])[:, -1]  # of a row's block of frames
+        return newest.clone()
 
     def _inputs(self, rows: Rows, call: Call) -> Mapping[str, Tensor]:
         given: dict[str, Any] = {"z": call.z, "t": call.t, "words": call.words}
@@ -80,6 +89,5 @@ def called(rows: Rows) -> Call:
         frames=frames,
         pooled=rows.prompt[1] if len(rows.prompt) > 1 else None,
         live=rows.live,
-        wanted=all(kind is Pass.WANTED for kind in rows.kinds),
         masked=tuple(kind is Pass.MASKED for kind in rows.kinds),
     )

@@ -1,8 +1,9 @@
 """Control pictures: what a ControlNet is shown, drawn from the source picture, (H, W, 3) uint8 RGB → the same.
 
-OpenCV alone, but for depth, which takes a network (`models.depth`). "lineart" and "softedge" are drawn by classical
-filters, not by the annotator networks that those ControlNets were trained with: alike in kind, white on black, but with
-more texture and less sense of what matters.
+OpenCV alone, but for openpose, which takes a network (`models.pose`). So does depth, which also remembers what was
+before, and is drawn by `models.depth`. "lineart" and "softedge" are drawn by classical filters, not by the annotator
+networks that those ControlNets were trained with: alike in kind, white on black, but with more texture and less sense
+of what matters.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from accel.errors import UserError
 
 if TYPE_CHECKING:
-    from models.depth import Depths
+    from models.pose import Poses
 
 Picture = NDArray[np.uint8]
 
@@ -63,35 +64,25 @@ def tile(picture: Picture, blur: float = 0.0) -> Picture:
     return picture if blur <= 0 else np.asarray(cv2.GaussianBlur(picture, (0, 0), blur), np.uint8)
 
 
-def depth(picture: Picture) -> Picture:
-    """Distances, the nearest white; UserError where no depth estimator has been fetched."""
-    return _depths()(picture)
-
-
 def openpose(picture: Picture) -> Picture:
-    """Not built in: skeletons need a network."""
-    raise UserError(
-        "openpose control needs a pose estimator, which is not built in",
-        hint="install one (controlnet_aux, or MediaPipe) and give pose pictures, or use lineart, which needs none",
-    )
+    """People's limbs and joints, black where there is nobody; UserError where no pose estimator has been fetched."""
+    return _poses()(picture)
 
 
 @cache
-def _depths() -> Depths:
-    from models.depth import Depths
+def _poses() -> Poses:
+    from models.pose import Poses
 
-    return Depths()
-
-
-def ready(name: str, size: tuple[int, int]) -> None:
-    """Load what a control picture of (width, height) needs, ahead and in any thread; UserError where it is not here."""
-    if name == "depth":
-        _depths().ready(size)
-    elif name == "openpose":
-        openpose(np.zeros((1, 1, 3), np.uint8))
+    return Poses()
 
 
-CONTROLS: dict[str, Callable[..., Picture]] = {f.__name__: f for f in (canny, lineart, softedge, tile, depth, openpose)}
+def ready(name: str) -> None:
+    """Load what a control picture needs, ahead and in any thread; UserError where it is not here."""
+    if name == "openpose":
+        _poses().ready()
+
+
+CONTROLS: dict[str, Callable[..., Picture]] = {f.__name__: f for f in (canny, lineart, softedge, tile, openpose)}
 
 
 def control_picture(name: str, picture: Picture, **settings: Any) -> Picture:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from models.schedule import Schedule, Step, clean, output_for
 
 Prompt = tuple[Tensor, ...]  # words (n, L, D), and pooled ones (n, P) where the UNet takes them
 Mode = Literal["full", "self", "onetime-negative", "four-way"]
+R = TypeVar("R")
 
 
 class Pass(IntEnum):
@@ -118,6 +119,7 @@ class Rows:
 
 
 Network = Callable[[Rows], Tensor]  # → outputs (n, C, H/8, W/8), in memory that its next call leaves alone
+Asking = Generator[Rows, Tensor, R]  # work that hands out its calls of the network and is sent their outputs
 
 
 def start(source: Tensor, noise: Tensor, step: Step, *, pure: bool) -> Tensor:
@@ -131,26 +133,43 @@ def run(network: Network, frame: Trajectory, before: Sequence[Tensor | None] = (
     >>> after = run(network, Trajectory(z, schedule, cond, noises[1:]))
     >>> after.z, after.estimates  # x0, and what the next frame may be smoothed with
     """
+    return answered(network, through(frame, before))
+
+
+def answered(network: Network, asking: Asking[R]) -> R:
+    """What the work comes to, with this network for each of its calls."""
+    output: Any = None
+    while True:
+        try:
+            rows = asking.send(output)
+        except StopIteration as done:
+            found: R = done.value
+            return found
+        output = network(rows)
+
+
+def through(frame: Trajectory, before: Sequence[Tensor | None] = ()) -> Asking[Trajectory]:
+    """`run`, for whoever makes its calls: so frames of several streams share one (`models.together`)."""
     steps = len(frame.schedule.steps)
     for k in range(steps):
         flights: list[Trajectory | None] = [None] * steps
         flights[k] = frame
-        moved = advance(network, flights, before)[k]
+        moved = (yield from advance(flights, before))[k]
         assert moved is not None
         frame = moved
     return frame
 
 
 def advance(
-    network: Network, flights: Sequence[Trajectory | None], before: Sequence[Tensor | None] = (), width: int = 1
-) -> list[Trajectory | None]:
+    flights: Sequence[Trajectory | None], before: Sequence[Tensor | None] = (), width: int = 1
+) -> Asking[list[Trajectory | None]]:
     """Every frame one step on, the one in place k from its step k; `width` rows per call of the network."""
-    found = evaluated(network, flights, width)
+    found = yield from evaluated(flights, width)
     before = before or [None] * len(flights)
     return [f and stepped(f, k, outputs, before[k]) for k, (f, outputs) in enumerate(zip(flights, found, strict=True))]
 
 
-def evaluated(network: Network, flights: Sequence[Trajectory | None], width: int) -> list[dict[Pass, Tensor]]:
+def evaluated(flights: Sequence[Trajectory | None], width: int) -> Asking[list[dict[Pass, Tensor]]]:
     """The outputs that each frame's guidance asks for at its step.
 
     A call takes rows i·width … (i + 1)·width - 1. So of an engine for n = steps rows each call is one pass; one for 2·n
@@ -166,19 +185,17 @@ def evaluated(network: Network, flights: Sequence[Trajectory | None], width: int
             continue
         filled = [asked.get(row, asked[live[0]]) for row in rows]  # finite, whatever is in an empty row
         prompts = [f.cond.words if kind is Pass.WANTED else f.cond.negative for _, kind, f in filled]
-        output = network(
-            Rows(
-                z=torch.cat([f.cond.joined(f.z, kind) for _, kind, f in filled]),
-                t=timesteps(tuple(f.schedule.steps[k].t for k, _, f in filled), filled[0][2].z.device),
-                prompt=tuple(torch.cat(parts) for parts in zip(*prompts, strict=True)),
-                rows=rows,
-                kinds=tuple(kind for _, kind, _ in filled),
-                steps=tuple(k for k, _, _ in filled),
-                of=n,
-                frames=tuple(f.seen for _, _, f in filled),
-                live=tuple(row in asked for row in rows),
-                fresh=tuple(row in asked and f.fresh for row, (_, _, f) in zip(rows, filled, strict=True)),
-            )
+        output = yield Rows(
+            z=torch.cat([f.cond.joined(f.z, kind) for _, kind, f in filled]),
+            t=timesteps(tuple(f.schedule.steps[k].t for k, _, f in filled), filled[0][2].z.device),
+            prompt=tuple(torch.cat(parts) for parts in zip(*prompts, strict=True)),
+            rows=rows,
+            kinds=tuple(kind for _, kind, _ in filled),
+            steps=tuple(k for k, _, _ in filled),
+            of=n,
+            frames=tuple(f.seen for _, _, f in filled),
+            live=tuple(row in asked for row in rows),
+            fresh=tuple(row in asked and f.fresh for row, (_, _, f) in zip(rows, filled, strict=True)),
         )
         for row in live:
             k, kind, _ = asked[row]

@@ -1,14 +1,13 @@
 """Depth pictures: how near things are, white on black, from one picture by a network.
 
 Any of transformers' depth estimators; Depth Anything V2 small (Yang et al. 2024, arXiv 2406.09414) is the one that
-`livestyle fetch` knows. Each picture is brought to the full range by itself, as ControlNets for depth were trained.
+`livestyle fetch` knows. Pictures are brought to the full range, as ControlNets for depth were trained; those of a
+stream to one that changes slowly.
 """
 
 from __future__ import annotations
 
 import json
-import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from torch.nn import functional as F
 
 from accel.engine import EngineSpec, TensorSpec
 from accel.errors import UserError
-from models.addons import addon
 from models.folder import Folder
 from models.hub import fault
 from models.networks import Graph
@@ -29,16 +27,17 @@ if TYPE_CHECKING:
 
     from accel.engine import Engine
 
-GRAPH = "depth 1"  # raise it when `Depth` changes: part of the fingerprint
+GRAPH = "depth 2"  # raise it when `Depth` changes: part of the fingerprint
 SIDE = 518  # pixels that Depth Anything was trained on
 FILE = "model.safetensors"
 FETCH = "fetch it again: `livestyle fetch depth-anything-small`"
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-KEPT = 2  # estimators, each for one picture size
+DISTANCES = "distances"  # the estimator's name among the engines that control needs
+SETTLING = 0.1  # how much of a picture's own range each counts in its stream's
 
 
 class Depth(nn.Module):
-    """A depth estimator: pictures (1, H, W, 3) uint8 → the same, the nearest 255 and the farthest 0."""
+    """A depth estimator: pictures (1, H, W, 3) uint8 → how near all is, (1, H, W), in a unit of its own."""
 
     mean: Tensor
     spread: Tensor
@@ -60,9 +59,33 @@ class Depth(nn.Module):
         near = F.interpolate(near.float(), self.size, mode="bilinear", align_corners=False)
         if self.metric:
             near = 1 / near.clamp_min(1e-3)
-        low, high = near.amin((2, 3), keepdim=True), near.amax((2, 3), keepdim=True)
-        grey = (255 * (near - low) / (high - low).clamp_min(1e-6)).round().to(torch.uint8)
-        return grey.permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
+        return near[:, 0]
+
+
+class Shades:
+    """A stream's depth pictures, (H, W, 3) uint8 of the same: the nearest white, by an estimator's engine.
+
+    The first one has the full range. Later ones share a range that follows slowly: one for each would make everything
+    darker at once where somebody comes near, and pulse with every estimate.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._range: tuple[float, float] | None = None
+
+    def __call__(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        (found,) = self._engine(torch.from_numpy(np.require(picture, requirements=("C", "W")))[None])
+        near = found[0].cpu().numpy()
+        low, high = float(near.min()), float(near.max())
+        if self._range is not None:
+            low, high = (old + SETTLING * (new - old) for old, new in zip(self._range, (low, high), strict=True))
+        self._range = low, high
+        grey = np.rint(np.clip((near - low) * (255 / max(high - low, 1e-6)), 0, 255)).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, 2)
+
+    def reset(self) -> None:
+        """Another scene begins, with a range of its own."""
+        self._range = None
 
 
 def inner_size(size: tuple[int, int], patch: int) -> tuple[int, int]:
@@ -85,12 +108,12 @@ def depth_graph(folder: Path, size: tuple[int, int]) -> Graph:
     if problem := fault(folder / FILE):
         raise UserError(f"depth control: {folder.name}/{FILE}: {problem}", hint=FETCH)
     picture = TensorSpec("picture", (1, size[1], size[0], 3), "uint8")
-    depth = TensorSpec("depth", picture.shape, "uint8")
+    near = TensorSpec("near", picture.shape[:3])
     fingerprint = GRAPH + Folder(folder.parent).fingerprint(folder.name)
     metric = config.get("depth_estimation_type") == "metric"
     return Graph(
         lambda: Depth(estimator(folder), (size[1], size[0]), metric=metric),
-        EngineSpec("depth", (picture,), (depth,), fingerprint),
+        EngineSpec("depth", (picture,), (near,), fingerprint),
     )
 
 
@@ -108,39 +131,3 @@ def estimator(folder: Path) -> nn.Module:
         raise UserError(f"depth control: {folder} has no {sorted(told['missing_keys'])[0]}", hint=FETCH)
     module: nn.Module = network.eval().requires_grad_(False)
     return module
-
-
-class Depths:
-    """The fetched depth estimator at work: engines by picture size, made when first needed; any thread.
-
-    >>> near = Depths()(picture)  # (H, W, 3) uint8 RGB → the same
-    """
-
-    def __init__(self) -> None:
-        self._engines: OrderedDict[tuple[int, int], Engine] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __call__(self, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        with self._lock:  # an engine's output is its own until its next call
-            (found,) = self._engine((picture.shape[1], picture.shape[0]))(
-                torch.from_numpy(np.require(picture, requirements=("C", "W")))[None]
-            )
-            image: NDArray[np.uint8] = found[0].cpu().numpy().copy()
-        return image
-
-    def ready(self, size: tuple[int, int]) -> None:
-        """Make the engine for pictures of (width, height) ahead; UserError where there is no estimator."""
-        with self._lock:
-            self._engine(size)
-
-    def _engine(self, size: tuple[int, int]) -> Engine:
-        if size not in self._engines:
-            from accel.cache import default_root
-            from accel.select import choose
-
-            graph = depth_graph(addon("distances"), size)
-            self._engines[size] = choose("auto").backend.load(graph.build, graph.spec, default_root())
-        self._engines.move_to_end(size)
-        while len(self._engines) > KEPT:
-            self._engines.popitem(last=False)
-        return self._engines[size]

@@ -6,7 +6,7 @@ then y. So `warp(before, flow)` shows the older picture as it would look now.
 
 from __future__ import annotations
 
-import pickle
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,16 +18,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from accel.errors import UserError
-from models.filters import erode, grey, sample, to_image, to_tensor, total
+from accel.cache import default_root
+from accel.engine import Backend, Engine
+from models.addons import ADDONS, addon
+from models.filters import erode, grey, inside, on_cpu, sample, to_image, to_tensor, total
+from models.raft import flow_engine
+
+log = logging.getLogger(__name__)
 
 Flow = Tensor
 """(1, 2, h, w), backward, in pixels."""
 
 FlowEstimator = Callable[[Tensor, Tensor], Flow]
 """(now, before), each (1, 3, H, W) RGB float in [0, 1] → the backward flow (1, 2, H, W)."""
-
-RAFT_FILES = {"raft-small": "raft_small_C_T_V2-01064c6d.pth", "raft-large": "raft_large_C_T_SKHT_V2-ff5fadd5.pth"}
 
 
 class Dis:
@@ -59,47 +62,64 @@ class Dis:
 
 
 class Raft:
-    """RAFT (Teed & Deng 2020) from torchvision; `weights` is a file the user downloaded."""
+    """RAFT-small as an engine on the pictures' device, made for their size when the first pair comes.
 
-    def __init__(self, name: str, weights: Path, device: torch.device | str = "cpu") -> None:
-        from torchvision.models import optical_flow
-
-        self._net = getattr(optical_flow, name.replace("-", "_"))(weights=None)
-        self._net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self._net.eval().to(device)
-
-    @torch.inference_mode()
-    def __call__(self, now: Tensor, before: Tensor) -> Tensor:
-        height, width = now.shape[2:]
-        room = (0, max(-width % 8, 128 - width), 0, max(-height % 8, 128 - height))  # RAFT's own least size
-        pair = [torch.nn.functional.pad(2 * p - 1, room, mode="replicate").contiguous() for p in (now, before)]
-        flow: Tensor = self._net(*pair)[-1]
-        return flow[..., :height, :width]
-
-
-def flow_estimator(name: str, weights: Path | None = None) -> FlowEstimator:
-    """An estimator by its settings name: `dis`, `raft-small` or `raft-large`.
-
-    Raises UserError where weights or torchvision are missing.
+    One run gives the flows both ways; the other way is kept for the next question, which is the way back as a rule.
     """
-    if name == "dis":
-        return Dis()
-    if name not in RAFT_FILES:
-        raise UserError(f"unknown flow estimator {name!r}", hint=f"known: dis, {', '.join(RAFT_FILES)}")
-    path = weights or Path(torch.hub.get_dir()) / "checkpoints" / RAFT_FILES[name]
-    if not path.is_file():
-        raise UserError(
-            f"no weights for {name} at {path}",
-            hint=f"curl -Lo {path} --create-dirs https://download.pytorch.org/models/{RAFT_FILES[name]}",
-        )
-    try:
-        from torchvision.models import optical_flow  # noqa: F401 whether it is there at all
-    except (ImportError, RuntimeError):  # RuntimeError: a torchvision built for another torch
-        raise UserError(f"{name} needs a torchvision that fits this torch", hint="pip install torchvision") from None
-    try:
-        return Raft(name, path)
-    except (RuntimeError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} does not hold the weights of {name}: {error}", hint="download it again") from None
+
+    def __init__(self, weights: Path) -> None:
+        self._weights = weights
+        self._engine: Engine | None = None
+        self._known: tuple[Tensor, Tensor, Flow] | None = None  # a pair, and the flow from its first to its second
+
+    def __call__(self, now: Tensor, before: Tensor) -> Flow:
+        if self._known is not None and self._known[0] is now and self._known[1] is before:
+            return self._known[2]
+        if self._engine is None or self._engine.spec.inputs[0].shape != now.shape:
+            self._engine = flow_engine(self._weights, now.shape, engines_on(now.device), default_root())
+        (flows,) = self._engine(now.contiguous(), before.contiguous())
+        flows = flows.clone()  # an engine's outputs last until its next launch
+        self._known = before, now, flows[1:]
+        return flows[:1]
+
+
+def flow_estimator(name: str) -> FlowEstimator:
+    """An estimator by its settings name, `auto` as on a CPU; UserError where weights are missing.
+
+    Nothing is compiled before its first pair of pictures.
+    """
+    return Raft(min(addon("flow").glob("*.safetensors"))) if name == "raft" else Dis()
+
+
+def chosen_flow(name: str, device: torch.device) -> str:
+    """What `auto` comes to: RAFT on a GPU where its weights are here, else DIS, thirty times quicker on a CPU."""
+    if name != "auto":
+        return name
+    if on_cpu(device):
+        return "dis"
+    here = any(ADDONS["raft-small"].folder.glob("*.safetensors"))
+    log.info(
+        "optical flow: %s", "RAFT" if here else "DIS on the CPU; `livestyle fetch raft-small` brings one for the GPU"
+    )
+    return "raft" if here else "dis"
+
+
+def engines_on(device: torch.device) -> Backend:
+    """What small networks run with beside a lane's tensors.
+
+    On a GPU they are recorded and not compiled: a lane begins in a second, and kernels this small gain little.
+    """
+    if device.type == "cuda":
+        from accel.cuda_backend import CudaBackend
+
+        return CudaBackend(str(device), mode=None)
+    if device.type == "meta":
+        from accel.torch_backend import TorchBackend
+
+        return TorchBackend("meta")
+    from accel.select import choose, missing
+
+    return choose("torch" if missing("openvino") else "openvino").backend
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
@@ -153,11 +173,3 @@ def steepness(flow: Tensor) -> Tensor:
     across = torch.diff(flow, dim=3, append=flow[..., -1:]).square()
     down = torch.diff(flow, dim=2, append=flow[..., -1:, :]).square()
     return total(across + down)
-
-
-def inside(flow: Tensor) -> Tensor:
-    """Whether p + flow(p) lies in the picture, (1, 1, H, W) bool."""
-    height, width = flow.shape[2:]
-    x = torch.arange(width, device=flow.device) + flow[:, 0]
-    y = torch.arange(height, device=flow.device)[:, None] + flow[:, 1]
-    return ((x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1))[:, None]

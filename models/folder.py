@@ -61,6 +61,11 @@ class Folder:
                         digest.update(block)
         return digest.hexdigest()
 
+    def architecture(self, part: str) -> str:
+        """A digest of what a part's networks have in common whatever their weights."""
+        config = {name: value for name, value in self.config(part).items() if not name.startswith("_")}
+        return hashlib.sha256(json.dumps([GRAPHS, config], sort_keys=True).encode()).hexdigest()
+
     def vae(self) -> nn.Module:
         """The autoencoder that model_index.json names, float32."""
         kind = self.index["vae"][1]

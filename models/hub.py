@@ -17,6 +17,7 @@ from models.rows import Row, Source, models_root
 
 TIMEOUT = 8.0  # s for the hub's answer; a download that stalls is tried 5 times more, 10 s each
 POINTER = b"version https://git-lfs"  # how a file begins that git left behind
+PICKLED = (".bin", ".pth")  # endings of weights that are written anew as safetensors
 ROOMY = 1 << 28  # bytes left free on the disk
 
 
@@ -28,12 +29,13 @@ class Remote:
     file: str
     commit: str
     size: int  # bytes, 0 where the hub does not say
-    digest: str  # SHA-256, "" where neither the hub nor the row says
+    digest: str  # SHA-256, or how it begins; "" where neither the hub nor the row says
 
     @property
     def target(self) -> str:
         """Where it goes in the row's folder; pickled weights are written anew as safetensors."""
-        name = Path(self.file).name.replace(".fp16.", ".").replace(".bin", ".safetensors")
+        name = Path(self.file).name.replace(".fp16.", ".")
+        name = f"{name.removesuffix(ending)}.safetensors" if (ending := Path(name).suffix) in PICKLED else name
         return f"{self.source.part}/{name}" if self.source.part else name
 
 
@@ -56,14 +58,28 @@ def fault(file: Path) -> str:
     return "" if size == whole else f"half-downloaded, {size} of {whole} bytes"
 
 
+def address(source: Source, file: str, revision: str | None, endpoint: str | None) -> str:
+    """Where a file is: on the hub, or at an address of its own."""
+    from huggingface_hub import hf_hub_url
+
+    if source.elsewhere:
+        return f"{source.repo}/{file}"
+    return hf_hub_url(source.repo, file, revision=revision, endpoint=endpoint)
+
+
+def token_for(source: Source) -> bool | None:
+    """False: the user's token is the hub's, and nobody else's."""
+    return False if source.elsewhere else None
+
+
 def asked(source: Source, file: str, endpoint: str | None) -> Remote:
     """What the hub says of a file; where it cannot be reached, what is stored of it here."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
     try:
-        url = hf_hub_url(source.repo, file, revision=source.revision, endpoint=endpoint)
-        answer = get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=endpoint)
+        url = address(source, file, source.revision, endpoint)
+        answer = get_hf_file_metadata(url, token=token_for(source), timeout=TIMEOUT, endpoint=endpoint)
     except HfHubHTTPError as error:
         if error.response.status_code < 500:
             raise
@@ -84,7 +100,7 @@ def asked(source: Source, file: str, endpoint: str | None) -> Remote:
 
 def store(repo: str) -> Path:
     """Where livestyle keeps what it has downloaded of a repository: `COMMIT/FILE`, shared by the rows that use it."""
-    return models_root() / ".hub" / repo.replace("/", "--")
+    return models_root() / ".hub" / repo.replace("://", "--").replace("/", "--")
 
 
 def stored(repo: str, file: str, commit: str | None) -> Path | None:
@@ -92,7 +108,7 @@ def stored(repo: str, file: str, commit: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     ours = sorted(store(repo).glob(f"{commit or '*'}/{file}"), key=lambda path: path.stat().st_mtime)
-    theirs = try_to_load_from_cache(repo, file, revision=commit)
+    theirs = None if "://" in repo else try_to_load_from_cache(repo, file, revision=commit)
     return ours[-1] if ours else Path(theirs) if isinstance(theirs, str) else None
 
 
@@ -112,7 +128,7 @@ def amiss(path: Path, remote: Remote) -> str:
     problem = fault(path) if path.suffix == ".safetensors" else ""
     if remote.size and path.stat().st_size != remote.size:
         problem = problem or f"{path.stat().st_size} of {remote.size} bytes"
-    elif remote.digest and digest(path) != remote.digest:
+    elif remote.digest and not digest(path).startswith(remote.digest):
         problem = "its SHA-256 is not the published one"
     if problem:
         path.resolve().unlink()
@@ -127,14 +143,14 @@ def downloaded(remote: Remote, endpoint: str | None, report: Callable[[int], Non
     minutes to reach a hub that has gone.
     """
     from filelock import FileLock, Timeout
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     whole = store(remote.source.repo) / remote.commit / remote.file
     part = whole.with_name(f"{whole.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
-    url = hf_hub_url(remote.source.repo, remote.file, revision=remote.commit, endpoint=endpoint)
+    url, token = address(remote.source, remote.file, remote.commit, endpoint), token_for(remote.source)
     try:
         with FileLock(f"{part}.lock", timeout=1), part.open("ab") as stream:
             if stream.tell() > remote.size:
@@ -142,12 +158,13 @@ def downloaded(remote: Remote, endpoint: str | None, report: Callable[[int], Non
             missing, room = remote.size - stream.tell(), shutil.disk_usage(part.parent).free
             if room < missing + ROOMY:
                 raise OSError(errno.ENOSPC, f"{missing >> 20} MB wanted, {room >> 20} MB free")
-            get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=endpoint)  # fails at once, where the next would try on
+            # Fails at once, where the next would try on.
+            get_hf_file_metadata(url, token=token, timeout=TIMEOUT, endpoint=endpoint)
             http_get(
                 url,
                 stream,
                 resume_size=stream.tell(),
-                headers=build_hf_headers(),
+                headers=build_hf_headers(token=token),
                 expected_size=remote.size or None,
                 tqdm_class=counter(report),
             )

@@ -14,13 +14,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from accel.engine import TensorSpec
 from accel.errors import UserError
 from models.ip_adapter import KINDS, Adapter
+from models.per_frame import PerFrame
+from models.picture_encoder import StylePicture
+from models.text import Transition
 
 if TYPE_CHECKING:
-    from models.picture_encoder import StylePicture
     from models.unet import Call
 
 VERSION = 1  # raise it when the attention changes what it computes: part of the engine's key
 GUIDE = "picture"  # the name in `Seen.guides` under which a frame has its `StylePicture`, or None
+BLEND = "blend_frames"  # and the one for the frames in which another takes hold
 
 
 class ImagePrompt:
@@ -106,17 +109,20 @@ class PictureAttention:
 class Pictures:
     """The style pictures of one stream as a `models.unet.Companion`: each latent is shown its own frame's.
 
-    `Seen.guides["picture"]` is a `StylePicture`, or None for none. It may be another one in every frame.
+    `Seen.guides["picture"]` is a `StylePicture`, or None for none. It may be another one in every frame, and takes hold
+    in as many frames as `Seen.guides["blend_frames"]` says.
     """
 
     def __init__(self, prompt: ImagePrompt) -> None:
         words, scale = prompt.inputs
         self._tokens = torch.zeros(1, *words.shape[1:])  # (1, T, D) of no picture
         self._silence = torch.zeros(scale.shape[1])
+        fade = Fade()
+        self._shown = PerFrame(lambda frame: fade.next(frame.guides.get(GUIDE), frame.guides.get(BLEND, 0)))
 
     def inputs(self, call: Call) -> dict[str, Tensor]:
         """Tokens and scales, a row for each latent. Passes that guidance leads away from see the negative tokens."""
-        shown: list[StylePicture | None] = [frame.guides.get(GUIDE) for frame in call.frames]
+        shown = self._shown(call)
         wanted = [row < call.of for row in call.rows]  # the first pass's rows; a call may hold several passes
         words = [
             self._tokens if p is None else p.words if leads else p.negative
@@ -129,7 +135,44 @@ class Pictures:
         """Nothing comes back."""
 
     def reset(self, row: int | None = None) -> None:
-        """A picture outlives the scene."""
+        """A picture outlives the scene, and so does the way to it."""
+
+
+class Fade:
+    """A stream's style picture on its way to another one, frame by frame, as prompts go from one to another.
+
+    From no picture, or to none, it is the other one whose scale rises or falls.
+
+    >>> fade = Fade()
+    >>> fade.next(old, frames=4), fade.next(new, frames=4)  # the old one, and a quarter of the way to the new one
+    """
+
+    def __init__(self) -> None:
+        self._wanted: StylePicture | None = None
+        self._shown: StylePicture | None = None
+        self._way: Transition | None = None
+        self._since = -1  # frames on the way; before the first frame there is nothing to come from
+
+    def next(self, wanted: StylePicture | None, frames: int) -> StylePicture | None:
+        """What the next frame is shown where `wanted` is asked for; `frames` frames after a change it is just that."""
+        if not alike(wanted, self._wanted):
+            start, end = self._shown or (wanted and wanted.faded), wanted or (self._shown and self._shown.faded)
+            begun = frames and self._since >= 0
+            self._way = Transition(start.tensors, end.tensors, frames) if begun and start and end else None
+            self._wanted, self._since = wanted, 0
+        self._since += 1
+        if self._way is None or self._since >= self._way.frames:
+            self._way, self._shown = None, wanted
+        else:
+            self._shown = StylePicture(*self._way.at(self._since))
+        return self._shown
+
+
+def alike(one: StylePicture | None, other: StylePicture | None) -> bool:
+    """Whether two style pictures are the same, or both none."""
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.scale, other.scale) and (one.words is other.words or torch.equal(one.words, other.words))
 
 
 def cross_attentions(unet: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import UserError
-from models.lora import FAMILIES, FETCH, read_safetensors
+from models.tensor_file import FAMILIES, FETCH, read_safetensors
 
 if TYPE_CHECKING:
     from models.text import TextEncoder

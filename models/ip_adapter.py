@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.errors import UserError
-from models.lora import FAMILIES, FETCH, read_safetensors
+from models.tensor_file import FAMILIES, FETCH, read_safetensors
 
 LAYOUT = "it holds weights such as ip-adapter_sd15.safetensors, and image_encoder/ beside them, as h94/IP-Adapter does"
 KINDS = "the base and the plus kind of IP-Adapter are known, such as ip-adapter_sd15 and ip-adapter-plus_sd15"

@@ -75,6 +75,23 @@ class Decoding:
         return self._pixels
 
 
+class Failed:
+    """The `Launched` of a frame that failed in a launch that others share: to wait for it raises what it failed of."""
+
+    def __init__(self, error: Exception, stages: Stages) -> None:
+        self.error = error
+        self.stages_ms = stages.ms
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        raise self.error
+
+    def image(self) -> NDArray[np.uint8] | None:
+        raise self.error
+
+
 class Filling:
     """The `Launched` of a frame that only went into a stream batch."""
 

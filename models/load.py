@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
-from accel.engine import Backend
+from accel.engine import Backend, Engine
 from models.adapters import Loras
 from models.assets import asset
 from models.controlnet import control_folder
@@ -15,12 +17,13 @@ from models.folder import Folder
 from models.inversion import teach
 from models.memory import check_memory, weights
 from models.networks import Graph, graphs, latent_shape
-from models.parts import parts_of, slots_of, window_of
+from models.parts import Part, parts_of, slots_of, window_of
 from models.recipe import recipe_of
 from models.safety import SafetyChecker, safety_folder, safety_graph
 from models.structure import PLAIN, Structure
 from models.stylizer import LatentStylizer, Networks
 from models.text_xl import size_ids
+from models.together import widened
 from models.weights import found
 
 EFFORT = {"encode": 0.1, "unet": 0.8, "decode": 0.1}  # share of the time that compiling each network takes
@@ -65,7 +68,7 @@ def load(
 
     >>> stylizer = load("mini", (512, 288), engine="openvino", log=print)
     """
-    from accel.cache import default_root, digest_of, key_of
+    from accel.cache import default_root
     from accel.select import Choice, choose
 
     quiet_libraries()
@@ -75,20 +78,40 @@ def load(
     teach(text, [asset(name, "embeddings") for name in structure.embeddings])
     slots = slots_of(folder, structure)
     loras = Loras(slots, text.models, text.with_models)
-    parts = parts_of(folder, structure, latent_shape(folder, size), slots, loras)
+    parts = parts_of(folder, replace(structure, rows=structure.latents), latent_shape(folder, size), slots, loras)
     choice = Choice(backend, f"engine {backend.name} ({backend.device})") if backend else choose(engine)
     log(choice.reason)
     backend, cache = choice.backend, default_root()
-    window, features = window_of(folder, structure), [part.feature for part in parts]
-    block = window.block if window else 1
-    compiled = graphs(folder, size, as_bytes=as_bytes, rows=structure.rows, block=block, features=features)
+    window = window_of(folder, structure)
+
+    def networks_of(rows: int, parts: Sequence[Part]) -> dict[str, Graph]:
+        features, block = [part.feature for part in parts], window.block if window else 1
+        return graphs(
+            folder,
+            size,
+            as_bytes=as_bytes,
+            rows=rows,
+            block=block,
+            features=features,
+            fp8=structure.fp8,
+            refit=structure.refit,
+        )
+
+    def wider(width: int) -> Mapping[str, Engine]:
+        """The three networks for frames of so many streams; what widens the UNet has rows for all of them."""
+        room = replace(structure, rows=width)
+        found = networks_of(width, parts_of(folder, room, latent_shape(folder, size), slots_of(folder, room), loras))
+        found |= {name: widened(compiled[name], width) for name in ("encode", "decode")}
+        stored = is_stored(found.values(), backend, cache)
+        check_memory(folder.path, backend.name, size, stored=stored, text=False, rows=width)
+        return {name: backend.load(graph.build, graph.spec, cache) for name, graph in found.items()}
+
+    compiled = networks_of(structure.latents, parts)
     safety = safety_graph(safety_folder(folder)) if structure.checked else None
     more = (*(graph for part in parts for graph in part.graphs.values()), *((safety,) if safety else ()))
-    specs = [graph.spec for graph in (*compiled.values(), *more)]
-    keys = [digest_of(key_of(backend.fingerprint, spec)) for spec in specs]
-    stored = all((cache / key / "engine.bin").is_file() for key in keys)
     others = {name: weights(control_folder(name, folder).path) for name in structure.controls}
-    check_memory(folder.path, backend.name, size, stored=stored, text=False, rows=structure.rows, others=others)
+    stored = is_stored([*compiled.values(), *more], backend, cache)
+    check_memory(folder.path, backend.name, size, stored=stored, text=False, rows=structure.latents, others=others)
     engines, done = {}, 0.0
     for name, graph in compiled.items():
         progress(name, done)
@@ -118,6 +141,7 @@ def load(
         sampler=recipe.sampler,
         time_ids=size_ids(size).to(device) if folder.pooled_width() else None,
         device=device,
+        wider=wider,
     )
     packages = ("torch", "diffusers", "transformers", "openvino", "av", "numpy")
     info: dict[str, object] = {
@@ -127,6 +151,14 @@ def load(
         "versions": {name: number for name in packages if (number := installed(name))},
     }
     return LatentStylizer(networks, info)
+
+
+def is_stored(graphs: Iterable[Graph], backend: Backend, cache: Path) -> bool:
+    """Whether the cache has the engines of all of these."""
+    from accel.cache import digest_of, key_of
+
+    keys = (digest_of(key_of(backend.fingerprint, graph.spec)) for graph in graphs)
+    return all((cache / key / "engine.bin").is_file() for key in keys)
 
 
 def installed(package: str) -> str:

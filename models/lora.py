@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from accel.errors import UserError
+from models.tensor_file import FAMILIES, FETCH, read_safetensors
 
-FETCH = "fetch it again"
-FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 1280: "SDXL's second", 2048: "SDXL"}
 NETWORKS = {"unet.": "unet", "lora_unet_": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2",
             "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}  # fmt: skip
 KEY = re.compile(
@@ -107,30 +105,6 @@ def alphas(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[s
             over_root = settings.get(f"{network}.use_rslora")  # alpha / √rank there
             found[f"{layer}.alpha"] = torch.tensor(alpha * len(down) ** 0.5 if over_root else alpha)
     return found
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata; UserError for no file, another format and half a file."""
-    with opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; UserError for no file, another format and half a file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({type(error).__name__})", hint="check the path") from error
-    except SafetensorError as error:
-        if path.read_bytes()[8:9] == b"{":  # eight bytes of length, then JSON
-            raise UserError(f"{path.name} is cut short or damaged ({error})", hint=FETCH) from error
-        raise UserError(
-            f"{path.name} is not a safetensors file", hint="other formats can run code; take its .safetensors version"
-        ) from error
 
 
 def fitted(network: nn.Module, lora: Mapping[str, Tensor], part: str = "unet") -> dict[str, Update]:

@@ -102,11 +102,14 @@ def graphs(
     rows: int = 1,
     block: int = 1,
     features: Sequence[Feature] = (),
+    fp8: bool = False,
+    refit: bool = False,
 ) -> dict[str, Graph]:
     """The three networks of a frame for pictures of (width, height), both multiples of 8.
 
     Pictures go in and out as bytes, or, to be compared with something else, as floats. The UNet takes `rows` latents
-    at once, each `block` frames of a window, and what its features add; their order is that of `Denoise`.
+    at once, each `block` frames of a window, and what its features add; their order is that of `Denoise`. If asked,
+    it may be in 8-bit floats, or be made of an engine for other weights.
     """
     vae, latent = folder.config("vae"), latent_shape(folder, size)
     picture = TensorSpec("picture", (1, 3, size[1], size[0]))
@@ -124,7 +127,7 @@ def graphs(
             lambda: Encode(folder.vae()),
             EngineSpec("encode", (picture,), (TensorSpec("latents", latent),), vae_print, precision),
         ),
-        "unet": unet_graph(folder, latent, rows=rows, block=block, features=features),
+        "unet": unet_graph(folder, latent, rows=rows, block=block, features=features, fp8=fp8, refit=refit),
         "decode": Graph(
             lambda: Decode(folder.vae(), as_bytes=as_bytes),
             EngineSpec("decode", (TensorSpec("latents", latent),), (picture,), vae_print, precision),
@@ -148,7 +151,14 @@ def unet_inputs(folder: Folder, latent: tuple[int, int, int, int], rows: int = 1
 
 
 def unet_graph(
-    folder: Folder, latent: tuple[int, int, int, int], *, rows: int, block: int, features: Sequence[Feature]
+    folder: Folder,
+    latent: tuple[int, int, int, int],
+    *,
+    rows: int,
+    block: int,
+    features: Sequence[Feature],
+    fp8: bool = False,
+    refit: bool = False,
 ) -> Graph:
     """The UNet, widened by its features."""
     fingerprint = folder.fingerprint("unet")
@@ -161,8 +171,14 @@ def unet_graph(
         inputs += feature.inputs
         outputs += feature.outputs
         fingerprint += feature.fingerprint
-    names = [spec.name for spec in inputs]
-    return Graph(
-        lambda: Denoise(folder.unet(), names, features),
-        EngineSpec("unet", tuple(inputs), tuple(outputs), fingerprint),
-    )
+    names, architecture = [spec.name for spec in inputs], ""
+    if refit:
+        architecture = folder.architecture("unet") + "".join(feature.fingerprint for feature in features)
+    if not fp8:
+        spec = EngineSpec("unet", tuple(inputs), tuple(outputs), fingerprint, architecture=architecture)
+        return Graph(lambda: Denoise(folder.unet(), names, features), spec)
+    from models.sampled_unet import VERSION, SampledDenoise
+
+    fingerprint += "".join(folder.fingerprint(part) for part in ("vae", "text_encoder")) + VERSION
+    spec = EngineSpec("unet", tuple(inputs), tuple(outputs), fingerprint, "fp8", architecture)
+    return Graph(lambda: SampledDenoise(folder, names, features), spec)

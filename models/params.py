@@ -28,7 +28,7 @@ class Style(_Section):
         Field(description="same noise for every frame, new noise, or noise that moves with the scene"),
     ] = "fixed"
     blend_frames: Annotated[
-        int, Field(ge=0, le=600, description="diffused frames in which a changed prompt takes hold; 0 = at once")
+        int, Field(ge=0, le=600, description="diffused frames in which a changed prompt or style picture takes hold")
     ] = 0
     guidance_mode: Annotated[
         Literal["full", "self", "onetime-negative", "four-way"],
@@ -82,7 +82,10 @@ class Temporal(_Section):
     refiner: Annotated[
         Literal["auto", "off", "analytic", "learned"], Field(description="takes out flicker along the source's motion")
     ] = "auto"
-    flow: Annotated[Literal["dis", "raft-small", "raft-large"], Field(description="optical flow estimator")] = "dis"
+    flow: Annotated[
+        Literal["auto", "dis", "raft"],
+        Field(description="optical flow: raft needs `livestyle fetch raft-small`; auto takes it where a GPU has it"),
+    ] = "auto"
     window: Annotated[int, Field(ge=0, le=16, description="frames of the rolling AnimateDiff buffer; 0 = off")] = 0
     motion_scale: Annotated[float, Field(ge=0, le=2, description="how much the rolling buffer counts")] = 1.0
     refresh: Annotated[
@@ -105,6 +108,17 @@ class Temporal(_Section):
     feedback: Annotated[
         float, Field(ge=0, le=0.4, description="how much each frame starts from the last result (strength < 1)")
     ] = 0.0
+
+
+class Engines(_Section):
+    """How networks are compiled; on TensorRT, and passed over by other engines."""
+
+    fp8: Annotated[
+        bool, Field(description="the UNet in 8-bit floats where its pictures stay close; cards from sm_89 on")
+    ] = False
+    refit: Annotated[
+        bool, Field(description="UNets of equal architecture take each other's weights without being built again")
+    ] = False
 
 
 class Debug(_Section):
@@ -140,5 +154,6 @@ class Params(_Section):
     style: Style = Style()
     temporal: Temporal = Temporal()
     frame: FrameSettings = FrameSettings()
+    engine: Engines = Engines()
     debug: Debug = Debug()
     sink: SinkSettings = SinkSettings()

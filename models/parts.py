@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.errors import UserError
-from models.assets import asset
 from models.folder import Folder
 from models.params import Params
 from models.rolling import Window, Windowed
@@ -110,7 +108,7 @@ def _masked(structure: Structure) -> Part:
 
 def _picture(folder: Folder, structure: Structure) -> Part:
     from models.addons import addon, family_of
-    from models.image_prompt import GUIDE, ImagePrompt, Pictures
+    from models.image_prompt import BLEND, GUIDE, ImagePrompt, Pictures
     from models.ip_adapter import find_adapter
     from models.picture_encoder import PictureEncoder
 
@@ -119,20 +117,15 @@ def _picture(folder: Folder, structure: Structure) -> Part:
     adapter = find_adapter(path or addon("picture", family_of(unet)), int(unet["cross_attention_dim"]))
     prompt, encoder = ImagePrompt(adapter, structure.rows), PictureEncoder(adapter)
 
-    @lru_cache(maxsize=64)  # looks for files: not in every frame
-    def found(name: str) -> Path | str:
-        return asset(name, "pictures") if name else ""
-
     def ready(params: Params) -> None:
-        if name := params.style.picture:
-            encoder.embed_file(found(name))
+        if params.style.picture:
+            encoder.embed_file(params.style.picture)
 
-    return Part(
-        prompt,
-        companion=lambda memory: Pictures(prompt),
-        guide=lambda image, params: {GUIDE: encoder.shown(found(params.style.picture), params.style.picture_scale)},
-        ready=ready,
-    )
+    def guide(image: NDArray[np.uint8], params: Params) -> Mapping[str, Any]:
+        style = params.style
+        return {GUIDE: encoder.shown(style.picture, style.picture_scale), BLEND: style.blend_frames}
+
+    return Part(prompt, companion=lambda memory: Pictures(prompt), guide=guide, ready=ready)
 
 
 def slots_of(folder: Folder, structure: Structure) -> Slots | None:
@@ -146,19 +139,21 @@ def slots_of(folder: Folder, structure: Structure) -> Slots | None:
 
 def _lora(slots: Slots, loras: Loras[Any]) -> Part:
     from models.slots import NAME, WornSlots
-    from models.worn import lora_set
+    from models.worn import last_set
 
-    found = lru_cache(maxsize=64)(lora_set)  # looks for files: not in every frame
     return Part(
         slots,
         companion=lambda memory: WornSlots(slots),
-        guide=lambda image, params: {NAME: loras.tensors(found(params.style.lora))},
+        guide=lambda image, params: {NAME: loras.tensors(last_set(params.style.lora))},
     )
 
 
 def _controls(folder: Folder, structure: Structure, latent: tuple[int, int, int, int]) -> Part:
+    from models.addons import addon
+    from models.control import ready
     from models.controlnet import control_folder, control_graph
-    from models.residuals import Controls, Residuals, guides, prepare
+    from models.depth import DISTANCES, depth_graph
+    from models.residuals import GUIDE, Controls, Residuals
     from models.text_xl import size_ids
     from models.units import units_of
 
@@ -168,11 +163,16 @@ def _controls(folder: Folder, structure: Structure, latent: tuple[int, int, int,
     residuals = Residuals(folder.config("unet"), (latent[2], latent[3]), rows, hints)
     engines: dict[str, Engine] = {}
     ids = size_ids(size) if folder.pooled_width() else None
+    graphs = {}
+    for control in found.values():
+        ready(control.kind)
+        if control.kind == "depth":
+            graphs[DISTANCES] = depth_graph(addon("distances"), size)
+    graphs |= {name: control_graph(control, folder, latent, rows) for name, control in found.items()}
     return Part(
         residuals,
         companion=lambda memory: Controls(engines, residuals, ids),
-        guide=lambda image, params: guides(units_of(params.style.control), image),
-        ready=lambda params: prepare(params.style.control, size),
-        graphs={name: control_graph(control, folder, latent, rows) for name, control in found.items()},
+        guide=lambda image, params: {GUIDE: units_of(params.style.control)},
+        graphs=graphs,
         engines=engines,
     )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -17,8 +15,10 @@ from torch import Tensor
 
 from accel.errors import UserError
 from accel.machine import giving_way
+from models.assets import GONE, asset, stamp_of
 from models.ip_adapter import Adapter, read_json
-from models.lora import FETCH
+from models.kept import Kept
+from models.tensor_file import FETCH
 
 KEPT = 192  # entries of what is remembered: a picture has three, which share 130 kB at most
 LONG = 8  # times its width that a picture is looked at: only the middle counts, and a strip would fill the memory
@@ -85,8 +85,7 @@ class PictureEncoder:
         self._prepared = preprocessing(adapter)
         self._projection = adapter.projection()
         self._model: Any = adapter.vision()
-        self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._lock, self._running = Lock(), Lock()  # of what is known, held for moments only; of the networks
+        self._known: Kept[Hashable, Tensor] = Kept(KEPT)
         self.negative = self._tokens(None)  # (1, T, D)
 
     def embed(self, picture: NDArray[np.uint8]) -> Tensor:
@@ -94,17 +93,24 @@ class PictureEncoder:
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
             raise ValueError(f"picture of shape {picture.shape}, {picture.dtype}; a style picture is (H, W, 3) uint8")
         content = hashlib.sha256(picture.tobytes()).digest(), picture.shape
-        return self._once(content, lambda: self._tokens(self._prepared(picture)))
+
+        def encoded() -> Tensor:
+            return giving_way(lambda: self._tokens(self._prepared(picture)))  # streams run meanwhile
+
+        return self._known.get(content, encoded)
 
     def embed_file(self, path: str | Path) -> Tensor:
-        """The tokens of a picture file as it is now; UserError where it is none."""
-        file = Path(path).expanduser()
-        stamp = file, stamp_of(file)
-        found = self._recall(stamp)
+        """The tokens of a picture file, or of a name in the user's folder, as it is now; UserError where it is none.
+
+        One that has gone since it was last embedded is taken as it was: what is worn is not in the way of changes.
+        """
+        file = asset(str(path), "pictures")
+        stamp = stamp_of(file)
+        found = self._known.known(str(path) if stamp == GONE else (file, stamp))
         if found is None:
             found = self.embed(read_picture(file))
-            self._keep(stamp, found)
-        self._keep(str(path), found)
+            self._known.put((file, stamp), found)
+        self._known.put(str(path), found)
         return found
 
     def shown(self, path: str | Path, scale: float) -> StylePicture | None:
@@ -114,7 +120,7 @@ class PictureEncoder:
         """
         if not str(path):
             return None
-        found = self._recall(str(path))
+        found = self._known.known(str(path))
         return StylePicture(self.embed_file(path) if found is None else found, self.negative, torch.tensor([scale]))
 
     def _tokens(self, pixels: Tensor | None) -> Tensor:
@@ -134,27 +140,6 @@ class PictureEncoder:
     def _projected(self, embedding: Tensor) -> Tensor:
         tokens: Tensor = self._projection(embedding)
         return tokens
-
-    def _once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        with self._running:  # one who asks for the same meanwhile waits, and finds it
-            found = self._recall(key)
-            if found is None:
-                found = giving_way(make)  # streams run meanwhile
-                self._keep(key, found)
-            return found
-
-    def _recall(self, key: Hashable) -> Tensor | None:
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-            return self._known.get(key)
-
-    def _keep(self, key: Hashable, tokens: Tensor) -> None:
-        with self._lock:
-            self._known[key] = tokens
-            self._known.move_to_end(key)
-            while len(self._known) > KEPT:
-                self._known.popitem(last=False)
 
 
 def preprocessing(adapter: Adapter) -> Preprocessing:
@@ -176,15 +161,6 @@ def preprocessing(adapter: Adapter) -> Preprocessing:
     if found.crop != side or found.edge < side:
         raise UserError(f"{file} makes pictures of {found.crop} pixels, the encoder takes {side}", hint=FETCH)
     return found
-
-
-def stamp_of(file: Path) -> tuple[int, int]:
-    """What changes with a file's content, as a rule; nothing where there is no such file."""
-    try:
-        found = file.stat()
-    except OSError:
-        return 0, 0
-    return found.st_mtime_ns, found.st_size
 
 
 def middle(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -21,7 +21,7 @@ from accel.engine import Backend, Engine, EngineSpec, TensorSpec
 from models.autoencoder import Residual
 from models.filters import blur, resize, sample, weigh
 from models.reproject import GUIDE, Motion, scaled
-from models.temporal import COARSE, Blend, Past, likely, noise_in, power
+from models.temporal import COARSE, Blend, Past, calm, likely, noise_in, power
 
 WEIGHTS = Path(__file__).parent / "refiner_weights" / "refiner.safetensors"
 GRAPH = 1  # raise it when the network's forward changes: part of the engine's fingerprint
@@ -127,14 +127,11 @@ class LearnedRefiner:
             age = sample(past.age, flow)
         trips = travelled(CELL * flow)
         move, now = self.engine(_last(stylized), _last(apart), cells, motion.now, motion.trust, trips, age)
-        past.age = now.clone()  # an engine's outputs last until its next launch
         hold = move[:, 3:]
         move = resize(move, size)
         output = (stylized + move[:, :3]).addcmul_(move[:, 3:], apart)
-        past.output = self._cleaned(output, stylized, apart, motion, hold).clamp_(0, 1)
-        if not bool(torch.isfinite(past.output.sum())):  # a model's NaN must not stay
-            return past.begin(stylized)
-        return past.output
+        output = self._cleaned(output, stylized, apart, motion, hold).clamp_(0, 1)
+        return past.take(output, now.clone(), stylized, motion, new=1)  # an engine's outputs last until its next launch
 
     def _cleaned(self, output: Tensor, stylized: Tensor, apart: Tensor, motion: Motion, hold: Tensor) -> Tensor:
         """Where the past is of no use, without as much of the detail as is usually wavering; see `temporal.refine`."""
@@ -142,9 +139,9 @@ class LearnedRefiner:
         bands = resize(apart, small)
         fine, blend = bands - blur(bands, COARSE), self.blend
         _, usual = likely(power(fine, 1), motion.trust, blend.surprise, blend.floor_fine)
-        if usual <= blend.floor_fine**2:
+        if calm(usual, blend):
             return output
-        noise, smooth = noise_in(resize(stylized, small), usual, resize(hold, small), blend.clean)
+        noise, smooth = noise_in(resize(stylized, small), usual, resize(hold, small), blend)
         return output - weigh(noise, stylized) + resize(noise * smooth, size)
 
 

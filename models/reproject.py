@@ -16,7 +16,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from models.filters import box, resize, sample, total, warp, weigh
+from accel.transfer import brought
+from models.filters import CPU, box, on_cpu, resize, sample, total, warp, weigh
 from models.flow import FlowEstimator, Trust, compose, likeness, plausible
 
 GUIDE = 2  # the source's motion is followed at 1/2 of the picture's size
@@ -35,9 +36,10 @@ class Motion:
 
     flow: Tensor  # now → before, (1, 2, h, w)
     trust: Tensor  # 0–1, (1, 1, h, w)
-    cut: bool  # another scene: nothing of the past holds
+    cut: bool  # another scene: nothing of the past holds. On a device other than the CPU False, and `lost` tells
     now: Tensor  # the two source frames, (1, 3, h, w)
     before: Tensor
+    lost: Tensor | None = None  # there: whether the scene is another, () bool; `trust` is 0 everywhere then
 
 
 class Guide:
@@ -46,10 +48,14 @@ class Guide:
     `check` may be a cheaper estimator; it makes the flow the other way, which only tells how far the first one holds.
     """
 
-    def __init__(self, estimator: FlowEstimator, check: FlowEstimator | None = None) -> None:
+    def __init__(
+        self, estimator: FlowEstimator, check: FlowEstimator | None = None, device: torch.device = CPU
+    ) -> None:
         self.estimator = estimator
         self.check = check or estimator
-        self._frame: Tensor | None = None
+        self.device = device
+        self._seen: Tensor | None = None  # the present frame where the estimators look at it
+        self._frame: Tensor | None = None  # and on the device
 
     @property
     def frame(self) -> Tensor:
@@ -58,18 +64,24 @@ class Guide:
         return self._frame
 
     def advance(self, small: Tensor) -> Motion | None:
-        """Take in the next frame, `GUIDE` times smaller; None for the first one, or after a change of size."""
-        before, self._frame = self._frame, small
-        if before is None or before.shape != small.shape:
+        """Take in the next frame, `GUIDE` times smaller; None for the first one, or after a change of size.
+
+        It may be on the CPU, for estimators there: then it is brought to the guide's device, and so are the flows.
+        """
+        seen, before = self._seen, self._frame
+        self._seen, self._frame = small, brought(small, self.device)
+        if seen is None or before is None or seen.shape != small.shape:
             return None
-        back = self.estimator(small, before)
-        forth = self.check(before, small)
-        coarse = (small.shape[3] // 2, small.shape[2] // 2)
-        sound = plausible(scaled(back, coarse), scaled(forth, coarse), resize(small, coarse), TRUST)
-        trust = resize(sound, (small.shape[3], small.shape[2])) * likeness(
-            small, sample(before, back), TRUST.photometric
-        )
-        return Motion(back, trust, bool(trust.mean() < CUT), small, before)
+        back = brought(self.estimator(small, seen), self.device)
+        forth = brought(self.check(seen, small), self.device)
+        now = self._frame
+        coarse = (now.shape[3] // 2, now.shape[2] // 2)
+        sound = plausible(scaled(back, coarse), scaled(forth, coarse), resize(now, coarse), TRUST)
+        trust = resize(sound, (now.shape[3], now.shape[2])) * likeness(now, sample(before, back), TRUST.photometric)
+        lost = trust.mean() < CUT
+        if on_cpu(lost.device):
+            return Motion(back, trust, bool(lost), now, before)
+        return Motion(back, trust.masked_fill(lost, 0), False, now, before, lost)
 
 
 @dataclass(slots=True, eq=False)
@@ -80,12 +92,15 @@ class Track:
     flow: Tensor | None = None  # now → that frame; None: it is the present one
     trust: Tensor | None = None
     cut: bool = False  # the scene has changed since
+    lost: Tensor | None = None  # the same where that is not looked at, see `Motion`
 
     def advance(self, motion: Motion) -> None:
         """One more source frame has come."""
         self.cut |= motion.cut
         if self.cut:
             return
+        if motion.lost is not None:
+            self.lost = motion.lost if self.lost is None else self.lost | motion.lost
         if self.flow is None or self.trust is None:
             self.flow, self.trust = motion.flow, motion.trust
         else:
@@ -106,6 +121,11 @@ class Tint:
         rows = [total(resize(row, size) * source) for row in self.gain]
         return torch.cat(rows, 1).contiguous(memory_format=torch.channels_last) + resize(self.offset, size)
 
+    def unless(self, condition: Tensor, other: Tint) -> Tint:
+        """The other one's maps where the condition, a single value, holds."""
+        rows = [torch.where(condition, theirs, own) for own, theirs in zip(self.gain, other.gain, strict=True)]
+        return Tint((rows[0], rows[1], rows[2]), torch.where(condition, other.offset, self.offset))
+
     def carried(self, flow: Tensor) -> Tint:
         """The maps as they lie after a motion (of any size)."""
         flow = scaled(flow, (self.offset.shape[3], self.offset.shape[2]))
@@ -125,7 +145,7 @@ def fit_tint(source: Tensor, stylized: Tensor, reach: int = REACH) -> Tint:
         return torch.stack([row[0].permute(1, 2, 0) for row in rows], 2)
 
     ridge = covariance(x, mean_x) + STIFFNESS * torch.eye(3, device=x.device)
-    gain = torch.linalg.solve(ridge, covariance(y, mean_y))  # (h, w, from, to)
+    gain, _ = torch.linalg.solve_ex(ridge, covariance(y, mean_y))  # (h, w, from, to); `solve` would wait to check
     rows = [gain[..., i].permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last) for i in range(3)]
     rows = [box(row, reach) for row in rows]
     offset = mean_y - torch.cat([total(row * mean_x) for row in rows], 1)
@@ -170,7 +190,10 @@ class Key:
             return self.stylized, None
         trust = track.trust * likeness(frame, sample(track.frame, track.flow), FORGIVING)
         carried = warp(self.residual, scaled(track.flow, size))
-        return tinted(self.tint.carried(track.flow), frame, size).add_(weigh(trust, carried)), trust
+        tint = self.tint.carried(track.flow)
+        if track.lost is not None:
+            tint = tint.unless(track.lost, self.overall)
+        return tinted(tint, frame, size).add_(weigh(trust, carried)), trust
 
 
 def scaled(flow: Tensor, size: tuple[int, int]) -> Tensor:
@@ -183,4 +206,4 @@ def scaled(flow: Tensor, size: tuple[int, int]) -> Tensor:
 def _factors(across: float, down: float, device: torch.device) -> Tensor:
     """(1, 2, 1, 1); made once, since a device waits for what comes from the host."""
     with torch.inference_mode(False):
-        return torch.tensor([across, down], device=device).view(1, 2, 1, 1)
+        return brought(torch.tensor([across, down]), device).view(1, 2, 1, 1)

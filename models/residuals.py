@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,16 +11,16 @@ import torch
 from torch import Tensor
 
 from accel.engine import TensorSpec
-from models.control import control_picture, ready
-from models.units import Unit, units_of
+from models.control import control_picture
+from models.depth import DISTANCES, Shades
+from models.per_frame import PerFrame
+from models.units import Unit
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from accel.engine import Engine
-    from models.unet import Call
+    from models.unet import Call, Seen
 
-GUIDE = "controls"  # what `guides` gives, in `Seen.guides`
+GUIDE = "controls"  # the name in `Seen.guides` under which a frame has its units
 
 
 class Residuals:
@@ -88,35 +87,15 @@ def hint_specs(unet: Mapping[str, Any], size: tuple[int, int], rows: int, count:
     return tuple(TensorSpec(f"hint{i}", (rows, *shape)) for i, shape in enumerate(shapes[:count]))
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """The units of one frame and their control pictures."""
-
-    units: tuple[Unit, ...]
-    pictures: Mapping[str, Tensor]  # by kind, (H, W, 3) uint8
-
-
-def prepare(text: str, size: tuple[int, int]) -> None:
-    """Read a setting, and load what its control pictures need, for pictures of (width, height); any thread."""
-    for unit in units_of(text):
-        ready(unit.kind, size)
-
-
-def guides(units: Sequence[Unit], image: NDArray[np.uint8]) -> dict[str, Shown]:
-    """The control pictures of a frame (H, W, 3), each kind drawn once, and none for units of weight 0."""
-    kinds = dict.fromkeys(unit.kind for unit in units if unit.weight > 0)
-    drawn = {kind: np.require(control_picture(kind, image), requirements=("C", "W")) for kind in kinds}
-    return {GUIDE: Shown(tuple(units), {kind: torch.from_numpy(picture) for kind, picture in drawn.items()})}
-
-
 Row = tuple[list[float], Tensor | None]  # scales, and the picture (H, W, 3); None where nothing is to be added
 
 
 class Controls:
     """A stream's `Companion` of `Residuals`: the ControlNets' and adapters' engines, whose outputs it adds up.
 
-    Each frame's units come with it, so weights count from that frame on, and frames of a stream batch keep theirs.
-    Engines, by the names of `controls_of`, are shared between streams. Units without an engine here do not count.
+    Each frame's units come with it, so weights count from that frame on, and frames of a stream batch keep theirs; its
+    control pictures are drawn once, each kind. Engines, by the names of `controls_of`, and the one that depth pictures
+    need, are shared between streams. Units without an engine here do not count.
     """
 
     def __init__(self, engines: Mapping[str, Engine], residuals: Residuals, time_ids: Tensor | None = None) -> None:
@@ -126,13 +105,15 @@ class Controls:
             self._sums = {spec.name: torch.zeros(spec.shape) for spec in residuals.inputs}
         self._filled: set[str] = set()  # which of them are not zero
         self._hints: dict[str, tuple[list[Row], tuple[Tensor, ...]]] = {}  # of adapters: from what, and what
+        self._pictures = PerFrame(self._drawn)
+        self._shades = Shades(engines[DISTANCES]) if DISTANCES in engines else None
 
     def inputs(self, call: Call) -> dict[str, Tensor]:
         """The sums over all units that speak in this call; zeros where none does."""
         self._move(call.z.device)
-        filled: set[str] = set()
+        pictures, filled = self._pictures(call), set[str]()
         for name, engine in self._engines.items():
-            rows = [self._row(name, len(engine.spec.outputs), call, row) for row in range(len(call.steps))]
+            rows = [row_of(name, len(engine.spec.outputs), call, row, pictures[row]) for row in range(len(call.steps))]
             if all(picture is None for _, picture in rows):
                 continue
             found = self._run(name, call, rows)
@@ -151,19 +132,19 @@ class Controls:
         """Nothing."""
 
     def reset(self, row: int | None = None) -> None:
-        """Nothing: ControlNets know one frame only."""
+        """Only the range of distances is a shot's own. A shot begins in row 0, and comes to the others later."""
+        if self._shades and not row:
+            self._shades.reset()
 
-    def _row(self, name: str, count: int, call: Call, row: int) -> Row:
-        """One row's scales for an engine's outputs, and its picture, where units of that name speak."""
-        scales, picture = [0.0] * count, None
-        shown: Shown | None = call.frames[row].guides.get(GUIDE)
-        if shown is None or (call.live and not call.live[row]):  # a frame from before there were any, or none
-            return scales, None
-        for unit in shown.units:
-            if unit.name == name and unit.speaks(call.steps[row], call.of, wanted=call.wanted):
-                scales = [a + b for a, b in zip(scales, unit.scales(count), strict=True)]
-                picture = shown.pictures[unit.kind]
-        return scales, picture
+    def _drawn(self, frame: Seen) -> dict[str, Tensor]:
+        """A frame's control pictures by kind, (H, W, 3) uint8; none for units of weight 0, or without an engine."""
+        units: Sequence[Unit] = frame.guides.get(GUIDE, ())
+        found = {}
+        for kind in dict.fromkeys(unit.kind for unit in units if unit.weight > 0 and unit.name in self._engines):
+            depth = self._shades if kind == "depth" else None
+            drawn = depth(frame.image) if depth else control_picture(kind, frame.image)
+            found[kind] = torch.from_numpy(np.require(drawn, requirements=("C", "W")))
+        return found
 
     def _run(self, name: str, call: Call, rows: list[Row]) -> tuple[Tensor, ...]:
         """The engine's outputs, until its next call; an adapter's, which do not change from step to step, longer."""
@@ -186,6 +167,19 @@ class Controls:
         if next(iter(self._sums.values())).device != device:
             with torch.inference_mode(False):
                 self._sums = {name: total.to(device) for name, total in self._sums.items()}
+
+
+def row_of(name: str, count: int, call: Call, row: int, pictures: Mapping[str, Tensor]) -> Row:
+    """One row's scales for an engine's outputs, and its picture, where units of that name speak."""
+    scales, picture = [0.0] * count, None
+    if call.live and not call.live[row]:  # it repeats another
+        return scales, None
+    wanted = call.rows[row] < call.of  # a call may hold several passes, the wanted prompt's first
+    for unit in call.frames[row].guides.get(GUIDE, ()):
+        if unit.name == name and unit.speaks(call.steps[row], call.of, wanted=wanted):
+            scales = [a + b for a, b in zip(scales, unit.scales(count), strict=True)]
+            picture = pictures[unit.kind]
+    return scales, picture
 
 
 def same(before: Sequence[Row], now: Sequence[Row]) -> bool:

@@ -18,12 +18,17 @@ class Source:
     """
 
     part: str  # unet, vae, text_encoder, …; also lora and motion_adapter; "" = the row's own folder
-    repo: str
+    repo: str  # or an address, where its files are not on the hub
     files: tuple[str, ...]  # paths in the repository
     kind: tuple[str, str] | None = None  # (library, class) for model_index.json
     revision: str | None = None  # None = the newest: no commit of these could be checked where this was written
-    sha256: tuple[tuple[str, str], ...] = ()  # (file, digest) beyond the digests that the hub itself states
+    sha256: tuple[tuple[str, str], ...] = ()  # (file, digest or how it begins) beyond what the hub itself states
     own: bool = False  # a checkpoint of the user's may stand in for it
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether its files are not on the hub."""
+        return "://" in self.repo
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ class Structure:
     window: int = 0  # frames of the rolling buffer, 0 = off
     refresh: int = 0  # of them, computed again each time
     rows: int = 1  # denoising steps in flight: more than 1 is a stream batch
+    spare: bool = False  # a row beside them in each call, for onetime-negative's second pass
     bank: int = 0  # frames whose features the present one may look at
     fused: bool = False  # those that are alike can be taken over
     masked: bool = False  # self-attention can be masked, for Style-A-Video's guidance
@@ -26,11 +27,19 @@ class Structure:
     lora_everywhere: bool = False  # that room is in every layer, not in attention blocks alone
     embeddings: tuple[str, ...] = ()  # files of textual inversions
     checked: bool = False  # pictures go through the safety checker
+    fp8: bool = False  # the UNet may be in 8-bit floats
+    refit: bool = False  # the UNet may be made of an engine for other weights
+
+    @property
+    def latents(self) -> int:
+        """How many one call of the UNet takes."""
+        return self.rows + self.spare
 
     def covers(self, other: Structure) -> bool:
         """Whether engines of this structure can do what the other asks for: what is not used is switched off."""
         room = replace(
             other,
+            spare=self.spare,  # without it that pass is a call of its own
             controls=self.controls if {*other.controls} <= {*self.controls} else other.controls,
             picture=self.picture or other.picture,
             masked=self.masked or other.masked,
@@ -38,6 +47,7 @@ class Structure:
             fused=self.fused or other.fused,
             lora_rank=max(self.lora_rank, other.lora_rank),
             lora_everywhere=self.lora_everywhere or other.lora_everywhere,
+            refit=self.refit or other.refit,
         )
         return room == self
 
@@ -69,6 +79,7 @@ def structure_of(params: Params) -> Structure:
         window=temporal.window,
         refresh=temporal.refresh,
         rows=rows,
+        spare=rows > 1 and style.guidance_mode == "onetime-negative" and style.guidance > 1,
         bank=temporal.bank,
         fused=bool(temporal.bank and temporal.fusion),
         masked=style.guidance_mode == "four-way",
@@ -78,6 +89,8 @@ def structure_of(params: Params) -> Structure:
         lora_rank=style.lora_rank,
         embeddings=listed(style.embeddings),
         checked=style.safety != "off",
+        fp8=params.engine.fp8,
+        refit=params.engine.refit,
     )
     if style.lora:
         from models.worn import beyond_attention, lora_set, rank_of  # reads heads of files: with torch

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -14,11 +17,11 @@ from torch import Tensor
 from accel.transfer import Download, device_errors, enqueued
 from models.batch import StreamBatch
 from models.calls import Calls
-from models.denoise import Conditioning, Pass, Trajectory, run, start, timesteps
+from models.denoise import Conditioning, Pass, Trajectory, start, through, timesteps
 from models.filters import sample
 from models.flow import compose
 from models.frame_graph import frame_graph
-from models.launched import Decoding, Filling, Launched, Stages
+from models.launched import Decoding, Failed, Filling, Launched, Stages
 from models.noise import drifted, fed_back
 from models.params import Params, Style
 from models.prompt import parse
@@ -27,19 +30,24 @@ from models.safety import Censor, SafetyChecker
 from models.schedule import Sampler, Schedule, consistency_schedule, entered
 from models.text import TextEncoder, Transition, unknown_words
 from models.text_xl import DoubleTextEncoder
+from models.together import PAYS, Widths, attempt, side_by_side, widths
 from models.unet import Seen
 from models.units import advice
-from models.worn import lora_set
+from models.worn import last_set, lora_set
 
 if TYPE_CHECKING:
     from accel.engine import Engine, Pending
     from models.adapters import Loras
     from models.parts import Part
 
+log = logging.getLogger(__name__)
+
 CPU = torch.device("cpu")
 PROMPTS = ("prompt", "negative", "lora")
 SHOT = ("strength", "steps", "guidance", "image_guidance", "mask_guidance", "guidance_mode", "delta", "seed")
 # changed, frames before mislead; so do `PROMPTS` at once
+
+Framed = tuple["State", NDArray[np.uint8], Params]  # a stream's memory, its picture (H, W, 3), its settings
 
 
 class Stylizer(Protocol):
@@ -48,12 +56,34 @@ class Stylizer(Protocol):
     size: tuple[int, int]  # (width, height)
 
     @property
+    def device(self) -> str:
+        """Where its tensors are, as PyTorch names it."""
+        ...
+
+    @property
     def delay(self) -> int:
         """Frames by which a step's picture is that of an earlier one, in a stream batch."""
         ...
 
+    @property
+    def width(self) -> int:
+        """Frames of as many streams that one launch takes; 1 until `widen`."""
+        ...
+
     def open(self, params: Params) -> State: ...
     def step(self, state: State, image: NDArray[np.uint8], params: Params) -> Launched: ...
+    def step_together(self, frames: Sequence[Framed]) -> list[Launched]:
+        """Frames of several streams in one launch: at most `width`, of equal `company`."""
+        ...
+
+    def company(self, params: Params) -> Hashable:
+        """What frames must have in common to share a launch."""
+        ...
+
+    def widen(self, count: int | None = None) -> None:
+        """Get ready for launches of so many streams' frames, None: of as many as pay on its device; in any thread."""
+        ...
+
     def drain(self, state: State) -> list[NDArray[np.uint8]]:
         """The pictures of the frames that are still in a stream batch, oldest first; it is empty then."""
         ...
@@ -136,20 +166,36 @@ class Networks:
     style_words: frozenset[str] = frozenset()  # what a small vocabulary knows; empty = anything goes
     parts: tuple[Part, ...] = ()  # what the UNet is widened by
     checker: SafetyChecker | None = None
-    rows: int = 1  # latents that it takes at once: more than 1 is a stream batch
+    rows: int = 1  # denoising steps in flight: more than 1 is a stream batch
     timesteps: tuple[int, ...] | None = None  # of the model's own, noisiest first
     sampler: Sampler = "lcm"
     time_ids: Tensor | None = None  # (1, 6), where the UNet takes them beside pooled words, as SDXL's does
     device: torch.device = CPU  # where the engines' tensors live
+    wider: Callable[[int], Mapping[str, Engine]] | None = None  # compiles the three for so many streams at once
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return self.encode.spec.outputs[0].shape
 
     @property
+    def latents(self) -> int:
+        """How many one call of the UNet takes of one stream."""
+        return self.unet.spec.inputs[1].shape[0]
+
+    @property
     def concatenates(self) -> bool:
         """Whether the UNet takes the source latent beside the noisy one (InstructPix2Pix's form)."""
         return self.unet.spec.inputs[0].shape[1] == 2 * self.latent_shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Ride:
+    """A stream's frame in a launch that others may share."""
+
+    state: State
+    picture: Tensor  # of either kind that `networks.Encode` takes
+    params: Params
+    prepared: Prepared
 
 
 class LatentStylizer:
@@ -170,17 +216,43 @@ class LatentStylizer:
         self.size = (8 * columns, 8 * rows)
         self._threads = torch.get_num_threads()
         self._frames = frame_graph((networks.encode, networks.unet, networks.decode))
+        self._widths = {name: Widths((getattr(networks, name),)) for name in ("encode", "unet", "decode")}
+
+    @property
+    def device(self) -> str:
+        """Where its tensors are, as PyTorch names it."""
+        return str(self.networks.device)
 
     @property
     def delay(self) -> int:
         """Frames by which a step's picture is that of an earlier one."""
         return self.networks.rows - 1
 
+    @property
+    def width(self) -> int:
+        """Frames of as many streams that one launch takes; 1 until `widen`."""
+        return self._widths["unet"].most
+
+    def widen(self, count: int | None = None) -> None:
+        """Get ready for launches of so many streams' frames, None: of as many as pay on its device; in any thread.
+
+        Engines are compiled or taken from the cache while frames go on. A stream batch fills its launches by itself.
+        """
+        wider = self.networks.wider
+        for width in widths(PAYS.get(self.networks.device.type, 1) if count is None else count):
+            if wider is not None and not self.delay and width > self.width:
+                engines = wider(width)
+                self._widths = {name: Widths((*of.engines, engines[name])) for name, of in self._widths.items()}
+
+    def company(self, params: Params) -> Hashable:
+        """What frames must have in common to share a launch: an engine takes it once, whatever its rows are."""
+        return params.style.lora, params.temporal.motion_scale
+
     def open(self, params: Params) -> State:
         """Fresh memory for one stream, with its prompt already encoded."""
         self.prepare(params)
         net = self.networks
-        batch = StreamBatch(net.rows) if net.rows > 1 else None
+        batch = StreamBatch(net.rows, net.latents) if net.rows > 1 else None
         censor = Censor(net.checker) if net.checker else None
         state = State(self._prepare(params.style, None), Calls(net.unet, net.parts, net.time_ids), batch, censor)
         self._draw(state, renew=True)
@@ -191,20 +263,26 @@ class LatentStylizer:
 
         Raises ValueError for another size.
         """
-        if image.shape != (self.size[1], self.size[0], 3):
-            raise ValueError(f"picture of shape {image.shape}, model of size {self.size}")
+        (launched,) = self.step_together([(state, image, params)])
+        if isinstance(launched, Failed):
+            raise launched.error
+        return launched
+
+    def step_together(self, frames: Sequence[Framed]) -> list[Launched]:
+        """The same for frames of several streams in one launch: at most `width`, of equal `company`.
+
+        What fails of one comes with its `Launched`, and the others have theirs. Stages are those of all together, since
+        each waits for all.
+        """
+        if len(frames) > self.width or len({self.company(params) for _, _, params in frames}) > 1:
+            raise ValueError("frames that cannot share a launch")
         stages = Stages()
         if torch.get_num_threads() != self._threads:  # a thread begun while the frame lane had one only
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            if state.censor:
-                state.censor.instead = params.style.safety
-            picture = torch.from_numpy(image)[None]
-            prepared = self._begin(state, params, stages)
-            if (whole := self._whole(state, picture, prepared, params, stages)) is not None:
-                return Decoding(state.download(whole), stages, state.censor)
-            finished = self._advance(state, picture, prepared, params, stages)
-            return Filling(stages) if finished is None else self._decode(finished, stages, state)
+            begun = [attempt(self._boarded, *frame, stages) for frame in frames]
+            launched = iter(self._launch([ride for ride in begun if isinstance(ride, Ride)], stages))
+            return [next(launched) if isinstance(ride, Ride) else Failed(ride, stages) for ride in begun]
 
     def drain(self, state: State) -> list[NDArray[np.uint8]]:
         """The pictures of the frames that are still in a stream batch, oldest first; it is empty then."""
@@ -212,15 +290,25 @@ class LatentStylizer:
             return []
         with torch.inference_mode():
             finished = state.batch.drain(state.calls)
-            return [self._decode(frame, Stages(), state).image() for frame in finished]
+            decoded = (self._decode([state], [frame], Stages())[0].image() for frame in finished)
+            return [picture for picture in decoded if picture is not None]
 
     def stylize(self, state: State, picture: Tensor, params: Params) -> Tensor:
         """The same from tensor to tensor, whichever kind of picture the networks take; see `networks.Encode`."""
         stages = Stages()
-        finished = self._advance(state, picture, self._begin(state, params, stages), params, stages)
+        (finished,) = self._advance([Ride(state, picture, params, self._begin(state, params, stages))], stages)
+        if isinstance(finished, Exception):
+            raise finished
         if finished is None:
             raise ValueError("a stream batch gives no picture for its first frames")
         return self.networks.decode(self._unscaled(finished))[0]
+
+    def _boarded(self, state: State, image: NDArray[np.uint8], params: Params, stages: Stages) -> Ride:
+        if image.shape != (self.size[1], self.size[0], 3):
+            raise ValueError(f"picture of shape {image.shape}, model of size {self.size}")
+        if state.censor:
+            state.censor.instead = params.style.safety
+        return Ride(state, torch.from_numpy(image)[None], params, self._begin(state, params, stages))
 
     def _begin(self, state: State, params: Params, stages: Stages) -> Prepared:
         """Bring a stream up to the settings of its next frame."""
@@ -228,61 +316,111 @@ class LatentStylizer:
         with stages("schedule"):
             return self._placed(state, self._follow(state, params.style))
 
-    def _whole(
-        self, state: State, picture: Tensor, prepared: Prepared, params: Params, stages: Stages
-    ) -> Pending | None:
-        """The frame as one launch; None where it needs more than the three networks, or none was recorded yet."""
-        net, style, temporal = self.networks, params.style, params.temporal
-        alone = not (net.parts or temporal.feedback or temporal.smoothing or style.seed_mode == "flow")
-        if self._frames is None or state.batch is not None or not alone:
+    def _launch(self, rides: Sequence[Ride], stages: Stages) -> list[Launched]:
+        """Everything up to the decoder's launch. A launch of several that fails as a whole is made again one by one."""
+        try:
+            if (whole := self._whole(rides, stages)) is None:
+                return self._decode([ride.state for ride in rides], self._advance(rides, stages), stages)
+            pairs = zip(rides, whole, strict=True)
+            return [Decoding(ride.state.download(own), stages, ride.state.censor) for ride, own in pairs]
+        except Exception as error:  # noqa: BLE001 as in `attempt`
+            if len(rides) == 1:
+                return [Failed(error, stages)]
+            log.warning("%d streams in one launch failed, from now on each goes alone: %s", len(rides), error)
+            self._widths = {name: Widths(of.engines[:1]) for name, of in self._widths.items()}
+            launched: list[Launched] = []
+            for ride in rides:
+                (alone,) = self._launch([ride], stages)
+                failure = attempt(alone.wait)  # before the next one's decoder writes where this one's picture is
+                launched.append(alone if failure is None else Failed(failure, stages))
+            return launched
+
+    def _whole(self, rides: Sequence[Ride], stages: Stages) -> list[Pending] | None:
+        """The frames as one launch; None where they need more than the three networks, or none was recorded yet."""
+        net = self.networks
+        if self._frames is None or not rides or not all(self._is_bare(ride) for ride in rides):
             return None
-        seen = self._seen(picture, params)
-        times = [timesteps((step.t,), net.device) for step in prepared.schedule.steps]  # held as long as the recording
-        first = len(prepared.embeddings)
+        steps = [step for ride in rides for step in ride.prepared.schedule.steps]
+        held = [  # as long as the recording
+            [self._seen(ride.picture, ride.params) for ride in rides],
+            [timesteps((step.t,), net.device) for step in steps],
+        ]
+        taken = [(ride.picture, *ride.prepared.embeddings, *ride.state.noises) for ride in rides]
 
-        def draw(picture: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-            shown = prepared.with_embeddings(given[:first])
-            alone = State(shown, Calls(net.unet, (), net.time_ids), noises=given[first:])
-            (raw,) = net.encode(picture)
-            frame = replace(self._entering(alone, raw, shown, params), seen=seen)
-            assert len(times) == len(frame.schedule.steps)
-            return net.decode(self._unscaled(run(alone.calls, frame)))
+        def draw(*given: Tensor) -> tuple[Tensor, ...]:
+            rest, alone = iter(given), []
+            for ride, mine in zip(rides, taken, strict=True):
+                picture, *more = islice(rest, len(mine))
+                shown = ride.prepared.with_embeddings(tuple(more[: len(ride.prepared.embeddings)]))
+                noises = tuple(more[len(ride.prepared.embeddings) :])
+                state = State(shown, Calls(net.unet, (), net.time_ids), noises=noises)
+                alone.append(Ride(state, picture, ride.params, shown))
+            assert held
+            drawn = self._advance(alone, Stages())
+            for frame in drawn:
+                if isinstance(frame, Exception):
+                    raise frame
+            pictures = self._widths["decode"]([(self._unscaled(f),) for f in drawn if isinstance(f, Trajectory)])
+            return tuple(picture for (picture,) in pictures)
 
-        key = prepared.schedule, *(getattr(style, name) for name in SHOT if name not in ("steps", "seed"))
-        given = (picture, *prepared.embeddings, *state.noises)
+        numbers = [name for name in SHOT if name not in ("steps", "seed")]
+        key = tuple((r.prepared.schedule, *(getattr(r.params.style, name) for name in numbers)) for r in rides)
+        inputs = [tensor for mine in taken for tensor in mine]
         with stages("schedule"):
-            replay = self._frames.of(key, draw, given)
+            replay = self._frames.of(key, draw, inputs)
         if replay is None:
             return None
         with stages("unet"), device_errors():
-            pending = enqueued(replay(*given), net.device)
-        state.moved, state.latents, state.estimates, state.fresh = None, None, (), False
-        return pending
+            pictures = replay(*inputs)
+            launched: list[Pending] = [enqueued((picture,), net.device) for picture in pictures]
+        for ride in rides:
+            state = ride.state
+            state.moved, state.latents, state.estimates, state.fresh = None, None, (), False
+        return launched
 
-    def _advance(
-        self, state: State, picture: Tensor, prepared: Prepared, params: Params, stages: Stages
-    ) -> Trajectory | None:
-        """Everything before the decoder: one frame in, and the one that is through with its steps out."""
+    def _is_bare(self, ride: Ride) -> bool:
+        """Whether a frame needs the three networks and nothing that its stream remembers."""
+        temporal = ride.params.temporal
+        remembers = temporal.feedback or temporal.smoothing or ride.params.style.seed_mode == "flow"
+        return not (self.networks.parts or remembers or ride.state.batch)
+
+    def _advance(self, rides: Sequence[Ride], stages: Stages) -> list[Trajectory | Exception | None]:
+        """Everything before the decoder: of each stream a frame in, and the one that is through with its steps out."""
+        if not rides:
+            return []
         with stages("encode"):
-            (raw,) = self.networks.encode(picture)
-            if state.batch is not None and self.networks.concatenates:
-                raw = raw.clone()  # needed until the frame is through, and the engine's own only until its next call
+            raws = [raw for (raw,) in self._widths["encode"]([(ride.picture,) for ride in rides])]
         unet_before = stages.ms.get("unet", 0.0)
+        found: list[Trajectory | Exception | None]
         with stages("schedule"):
-            frame = self._entering(state, raw, prepared, params)
-            frame = replace(frame, seen=self._seen(picture, params))
-            state.fresh = False
-            finished: Trajectory | None
-            if state.batch is None:
-                state.calls.remember(frame.cond.rows(len(frame.schedule.steps)))
-                finished = run(state.calls, frame, state.estimates)
-                state.estimates, state.latents = finished.estimates, finished.z
-            else:
-                state.calls.remember(len(Pass) * self.networks.rows)
-                finished = state.batch.push(state.calls, frame)
-            state.moved = None
-        stages.ms["schedule"] -= stages.ms["unet"] - unet_before  # timed around the network's own time
-        return finished
+            frames = [attempt(self._entered, *pair) for pair in zip(rides, raws, strict=True)]
+            going = [(r.state, f) for r, f in zip(rides, frames, strict=True) if isinstance(f, Trajectory)]
+            if (batch := rides[0].state.batch) is None:
+                asking = [(state.calls, through(frame, state.estimates)) for state, frame in going]
+                finished = iter(side_by_side(self._widths["unet"], asking, stages))
+                found = [next(finished) if isinstance(frame, Trajectory) else frame for frame in frames]
+            else:  # which shares no launch with others
+                found = [attempt(batch.push, state.calls, frame) for state, frame in going] or [*frames]
+            for ride, frame in zip(rides, found, strict=True):
+                ride.state.moved = None
+                if isinstance(frame, Trajectory) and batch is None:
+                    ride.state.estimates, ride.state.latents = frame.estimates, frame.z
+        # timed around the network's own time
+        stages.ms["schedule"] -= stages.ms.get("unet", 0.0) - unet_before
+        return found
+
+    def _entered(self, ride: Ride, raw: Tensor) -> Trajectory:
+        """A frame before its first step, its stream's memory ready for it."""
+        state, net = ride.state, self.networks
+        if state.batch is not None and net.concatenates:
+            raw = raw.clone()  # needed until the frame is through, and the engine's own only until its next call
+        frame = self._entering(state, raw, ride.prepared, ride.params)
+        frame = replace(frame, seen=self._seen(ride.picture, ride.params))
+        state.fresh = False
+        steps = len(frame.schedule.steps)
+        whole = -(-len(Pass) * net.rows // net.latents) * net.latents  # every call of a stream batch finds its rows
+        state.calls.remember(frame.cond.rows(steps) if state.batch is None else whole)
+        return frame
 
     def _entering(self, state: State, raw: Tensor, prepared: Prepared, params: Params) -> Trajectory:
         """A frame before its first step, from the encoder's output (1, C, H/8, W/8)."""
@@ -315,10 +453,22 @@ class LatentStylizer:
             fresh=state.fresh,
         )
 
-    def _decode(self, frame: Trajectory, stages: Stages, state: State) -> Decoding:
+    def _decode(
+        self, states: Sequence[State], frames: Sequence[Trajectory | Exception | None], stages: Stages
+    ) -> list[Launched]:
+        """Each stream's picture on its way, where its frame came through."""
         with stages("decode"):
-            pending = state.download(self.networks.decode.launch(self._unscaled(frame)))
-            return Decoding(pending, stages, state.censor)
+            latents = [(self._unscaled(frame),) for frame in frames if isinstance(frame, Trajectory)]
+            pending = iter(self._widths["decode"].launch(latents) if latents else ())
+            launched: list[Launched] = []
+            for state, frame in zip(states, frames, strict=True):
+                if isinstance(frame, Exception):
+                    launched.append(Failed(frame, stages))
+                elif frame is None:
+                    launched.append(Filling(stages))
+                else:
+                    launched.append(Decoding(state.download(next(pending)), stages, state.censor))
+            return launched
 
     def _unscaled(self, frame: Trajectory) -> Tensor:
         return frame.z / self.networks.scaling + self.networks.shift
@@ -422,7 +572,7 @@ class LatentStylizer:
         """Words and negative words, and the pooled ones of both; known prompts cost nothing."""
         text = self.networks.text
         if style.lora:
-            text = self.networks.loras.reader(lora_set(style.lora))
+            text = self.networks.loras.reader(last_set(style.lora))
         if isinstance(text, DoubleTextEncoder):
             wanted, unwanted = text.read(style.prompt), text.read_negative(style.negative)
             return wanted.words, unwanted.words, (wanted.pooled,), (unwanted.pooled,)

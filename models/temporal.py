@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.filters import blur, box, resize, sample, total, warp, weigh
+from models.filters import blur, box, chosen, on_cpu, resize, sample, total, warp, weigh
 from models.reproject import Motion, scaled
 
 CHANCE = np.random.default_rng()
@@ -55,6 +55,18 @@ class Past:
         self.output, self.age = stylized, None
         return stylized
 
+    def take(self, output: Tensor, age: Tensor, stylized: Tensor, motion: Motion, *, new: float) -> Tensor:
+        """The next output, and its age; where it is not finite (a model's NaN must not stay) the stylized picture.
+
+        That too, with an age of `new`, where the device alone knows that the scene is another.
+        """
+        holds = output.sum().isfinite()
+        if motion.lost is not None:
+            holds = holds & ~motion.lost
+        self.age = chosen(holds, age, torch.full_like(age, new))
+        self.output = chosen(holds, output, stylized)
+        return self.output
+
     def carried(self, motion: Motion) -> Tensor:
         """The last output as it lies now, (1, 3, H, W); worked out once per frame."""
         assert self.output is not None
@@ -76,33 +88,34 @@ def refine(stylized: Tensor, motion: Motion | None, past: Past, blend: Blend = B
     agree, _ = likely(total(coarse.square()), motion.trust, blend.surprise, blend.floor)
     trust = ((motion.trust * agree - 0.2) / 0.5).clamp_(0, 1)
     age = torch.ones_like(trust) if past.age is None else sample(past.age, motion.flow) + 1
-    past.age = (age * trust).clamp_max_(blend.memory)
-    hold = past.age / (past.age + 1)
+    age = (age * trust).clamp_max_(blend.memory)
+    hold = age / (age + 1)
     agree, usual = likely(power(bands - coarse, 1), motion.trust, blend.surprise, blend.floor_fine)
     hold_fine = hold.clamp_max(blend.fine) * agree
     steadied = stylized + weigh(hold_fine, apart)
     moved = (hold.clamp_max(blend.coarse) - hold_fine) * coarse
-    if usual > blend.floor_fine**2:
+    if not calm(usual, blend):
         # Where the past is of no use, as much of the detail as is usually wavering goes (Wiener's rule).
-        own = resize(stylized, small)
-        wavering, smooth = noise_in(own, usual, hold, blend.clean)
+        wavering, smooth = noise_in(resize(stylized, small), usual, hold, blend)
         steadied -= weigh(wavering, stylized)
         moved += wavering * smooth
     steadied += resize(moved, (stylized.shape[3], stylized.shape[2]))
-    if not bool(torch.isfinite(steadied.sum())):  # a model's NaN must not stay
-        return past.begin(stylized)
-    past.output = steadied
-    return steadied
+    return past.take(steadied, age, stylized, motion, new=0)
 
 
-def noise_in(picture: Tensor, usual: float, hold: Tensor, clean: float) -> tuple[Tensor, Tensor]:
+def calm(usual: Tensor, blend: Blend) -> bool:
+    """Whether nothing wavers that could be cleaned; False also on devices that are not asked, and `noise_in` is 0."""
+    return on_cpu(usual.device) and bool(usual <= blend.floor_fine**2)
+
+
+def noise_in(picture: Tensor, usual: Tensor, hold: Tensor, blend: Blend) -> tuple[Tensor, Tensor]:
     """The share of a picture's fine band that is taken for noise where the past does not `hold`, and its coarse band.
 
     By Wiener's rule: variance of the noise, `clean` · `usual`, over that of the band.
     """
     smooth = blur(picture, COARSE)
-    noise = (clean * usual / (power(picture - smooth, 2) + 1e-6)).clamp_max_(1)
-    return noise.mul_((1 - 1.6 * hold).clamp_min_(0)), smooth
+    noise = (blend.clean * usual / (power(picture - smooth, 2) + 1e-6)).clamp_max_(1)
+    return noise.mul_((1 - 1.6 * hold).clamp_min_(0)).mul_(usual > blend.floor_fine**2), smooth
 
 
 def power(band: Tensor, radius: int) -> Tensor:
@@ -110,10 +123,13 @@ def power(band: Tensor, radius: int) -> Tensor:
     return box(total(band.square()), radius)
 
 
-def likely(change: Tensor, trust: Tensor, surprise: float, floor: float) -> tuple[Tensor, float]:
-    """How likely squared changes (1, 1, h, w) are mere wavering, 0–1, and the wavering's usual variance."""
-    seen = change[..., ::4, ::4][trust[..., ::4, ::4] > 0.5]
-    usual = 1.7 * float(seen.kthvalue(1 + int(0.4 * (seen.numel() - 1))).values) if seen.numel() else 0.0
+def likely(change: Tensor, trust: Tensor, surprise: float, floor: float) -> tuple[Tensor, Tensor]:
+    """How likely squared changes (1, 1, h, w) are mere wavering, 0–1, and the wavering's usual variance, ()."""
+    sure = trust[..., ::4, ::4].flatten() > 0.5
+    ordered = change[..., ::4, ::4].flatten().masked_fill(~sure, torch.inf).sort().values
+    count = sure.sum()
+    usual = 1.7 * ordered.gather(0, ((count - 1) * 2 // 5).clamp_min_(0)[None])[0]  # the 0.4-quantile of those
+    usual = usual.masked_fill(count == 0, 0)
     return torch.exp(-change / (2 * surprise**2 * (usual + floor**2))), usual
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from models.inversion import expanded
+from models.kept import Kept
 from models.prompt import Part, Piece, parse
 
 if TYPE_CHECKING:
@@ -21,45 +20,6 @@ if TYPE_CHECKING:
 KEPT = 128  # embeddings remembered; a live prompt slider stays under it
 DISTINCT = 8  # weights of one prompt that words behind follow, each a row for the text model; above, none do
 PARALLEL = 0.9995  # cosine from which a straight line replaces the arc, as AnimateDiff's prompt travel has it
-
-T = TypeVar("T")
-
-
-class Remembered(Generic[T]):
-    """What has been worked out lately, by what it was made of; at most `KEPT`, the least recently used go first.
-
-    Thread-safe. One thing is made at a time, and what is known is found meanwhile: a frame whose prompt has been read
-    never waits for another prompt.
-    """
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, T] = OrderedDict()
-        self._lock = threading.Lock()  # held for moments
-        self.making = threading.RLock()  # held while a text model runs; making one thing may take others
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What is known under the key, else what is made now."""
-        if (found := self.known(key)) is not None:
-            return found
-        with self.making:
-            if (found := self.known(key)) is not None:  # made by another thread in the meantime
-                return found
-            made = make()
-            with self._lock:
-                self._known[key] = made
-                while len(self._known) > KEPT:
-                    self._known.popitem(last=False)
-        return made
-
-    def known(self, key: Hashable) -> T | None:
-        """The same, None where it would have to be made."""
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-            return self._known.get(key)
 
 
 class TextEncoder:
@@ -72,7 +32,7 @@ class TextEncoder:
         self.words: Mapping[str, list[str]] = {}
         self._tokenizer = tokenizer
         self._model = model
-        self._known: Remembered[Tensor] = Remembered()
+        self._known: Kept[Hashable, Tensor] = Kept(KEPT)
 
     @property
     def pairs(self) -> tuple[tuple[Any, nn.Module], ...]:
@@ -103,7 +63,7 @@ class TextEncoder:
             parts = parts_of(prompt, self.words)
             return blended([self._read(part.pieces) for part in parts], [part.share for part in parts])
 
-        return self._known.once(prompt, blend)
+        return self._known.get(prompt, blend)
 
     def is_cut(self, prompt: str) -> bool:
         """Whether the prompt, or a part of a blend, is longer than the model can read."""
@@ -126,7 +86,7 @@ class TextEncoder:
                     return states()
                 return weighted(states(), self._read((Piece(""),)), weights, states)
 
-        return self._known.once(pieces, run)
+        return self._known.get(pieces, run)
 
 
 def parts_of(prompt: str, words: Mapping[str, list[str]]) -> tuple[Part, ...]:

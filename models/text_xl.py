@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from models.kept import Kept
 from models.prompt import Piece
-from models.text import Remembered, blended, is_cut, parts_of, tokenized, weighted
+from models.text import KEPT, blended, is_cut, parts_of, tokenized, weighted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,7 +37,7 @@ class DoubleTextEncoder:
         self.words: Mapping[str, list[str]] = {}  # that all have been taught (`inversion.teach`)
         self.pairs = pairs  # (tokenizer, model) each
         self._zeros = zeros
-        self._known: Remembered[Embedded] = Remembered()
+        self._known: Kept[str, Embedded] = Kept(KEPT)
 
     @property
     def models(self) -> dict[str, nn.Module]:
@@ -63,7 +64,7 @@ class DoubleTextEncoder:
             words, pooled = zip(*(self._read(part.pieces) for part in parts), strict=True)
             return Embedded(blended(words, shares), blended(pooled, shares))
 
-        return self._known.once(prompt, blend)
+        return self._known.get(prompt, blend)
 
     def read_negative(self, prompt: str) -> Embedded:
         """A prompt to lead away from; the empty one may mean zeros."""

@@ -94,7 +94,6 @@ class Call:
     steps: tuple[int, ...]  # which denoising step each is at, 0 = the noisiest
     of: int  # denoising steps per frame
     frames: tuple[Seen, ...]  # whose frame each is
-    wanted: bool = True  # whether this is the pass for the wanted prompt
     live: tuple[bool, ...] = ()  # which rows are asked for, () = all; others must leave memory alone
     pooled: Tensor | None = None  # (n, P) words, where the UNet takes them
     masked: tuple[bool, ...] = ()  # which rows keep in self-attention only what stands out; () = none

@@ -18,7 +18,7 @@ from typing import Any
 from accel.errors import UserError
 from models.addons import ADDONS
 from models.files import missing, weight_files
-from models.hub import asked, brought, fault, told
+from models.hub import PICKLED, asked, brought, fault, told
 from models.rows import LIST, Row
 from models.spec import MODELS, ModelSpec
 
@@ -34,6 +34,8 @@ def found(model: str) -> Path:
                 f"{model} is not here yet ({spec.megabytes / 1000:.1f} GB)", hint=f"`livestyle fetch {model}`"
             )
         return sound(spec.folder, model)
+    if not model:
+        raise UserError("no model is named", hint=f"one of: {', '.join(MODELS)}")
     path = Path(model).expanduser()
     if path.is_file():
         from models.checkpoint import converted
@@ -110,11 +112,13 @@ def fetch_shown(name: str, base: Path | None = None) -> Path:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        task = bars.add_task(name, total=None)
+        task = bars.add_task(name, total=None, visible=False)
         return fetch(
             name,
             base=base,
-            report=lambda file, done, total: bars.update(task, description=file, completed=done, total=total),
+            report=lambda file, done, total: bars.update(
+                task, description=file, completed=done, total=total, visible=True
+            ),
         )
 
 
@@ -183,9 +187,9 @@ def describe(spec: ModelSpec, folder: Path) -> None:
 def place(file: Path, target: Path) -> None:
     """Put a file there: by a link, if it is large."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".bin" and target.suffix == ".safetensors":
+    if file.suffix in PICKLED and target.suffix == ".safetensors":
         return unpickled(file, target)
-    if file.suffix == ".safetensors":
+    if file.suffix in (".safetensors", ".onnx"):
         for link in (os.link, os.symlink):
             try:
                 return link(file, target)

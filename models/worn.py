@@ -7,10 +7,15 @@ import re
 from pathlib import Path
 
 from accel.errors import UserError
-from models.lora import KEY, NETWORKS, PEFT, opened
+from models.assets import GONE, stamp_of
+from models.kept import Kept
+from models.lora import KEY, NETWORKS, PEFT
 from models.rows import models_root
+from models.tensor_file import opened
 
-LoraSet = tuple[tuple[Path, float], ...]  # files and scales; they add up
+Stamp = tuple[int, int]  # of a file as it was looked at: `assets.stamp_of`
+LoraSet = tuple[tuple[Path, Stamp, float], ...]  # files and scales; they add up
+Head = tuple[Stamp, dict[str, int]]  # and the rank of each layer that a file changes
 
 MOST = 16  # LoRAs at once
 LOUDEST = 10.0  # scale; pictures fall apart long before
@@ -18,15 +23,19 @@ SCALE = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*")
 FORM = 'style.lora is a list such as: ink.safetensors:0.8, "oil, wet.safetensors":-0.3'
 ATTENTION = re.compile(r"attn|attention|transformer_blocks|proj_(in|out)$")  # however a file spells its blocks
 
+HEADS: Kept[Path, Head] = Kept(64)  # of files that were looked at: one that is gone, but worn, goes on
+SETS: Kept[str, LoraSet] = Kept(64)  # what settings came to when they were last read
+
 
 def lora_set(text: str) -> LoraSet:
     """Files, each with a scale behind a colon or 1, between commas; quotes keep a name's own commas.
 
     A name may be in the present folder or in `$LIVESTYLE_MODELS/loras`, and ".safetensors" may be left out. A file
-    named twice has both scales together. UserError where the text cannot be read, or a file is not there.
+    named twice has both scales together. UserError where the text cannot be read, or a file is not there. A file that
+    was written over is another one, one that has gone is still what it was.
 
-    >>> lora_set("ink.safetensors:0.8, C:/loras/oil")
-    ((PosixPath('/home/me/ink.safetensors'), 0.8), (PosixPath('C:/loras/oil.safetensors'), 1.0))
+    >>> [(path.name, scale) for path, _, scale in lora_set("ink.safetensors:0.8, C:/loras/oil")]
+    [('ink.safetensors', 0.8), ('oil.safetensors', 1.0)]
     """
     try:
         items = next(csv.reader([text], skipinitialspace=True), [])
@@ -46,16 +55,34 @@ def lora_set(text: str) -> LoraSet:
         found[path] = found.get(path, 0.0) + scale
     if len(found) > MOST:
         raise UserError(f"{len(found)} LoRAs at once", hint=f"{MOST} at most")
-    return tuple(found.items())
+    worn = tuple((path, stamp_now(path), scale) for path, scale in found.items())
+    SETS.put(text, worn)
+    return worn
+
+
+def last_set(text: str) -> LoraSet:
+    """The same as it was last read, without a look at the disk: for every frame."""
+    found = SETS.known(text)
+    return lora_set(text) if found is None else found
+
+
+def stamp_now(path: Path) -> Stamp:
+    """A file's stamp; of one that has gone, the last one that was seen."""
+    stamp, head = stamp_of(path), HEADS.known(path)
+    return head[0] if head and stamp == GONE else stamp
 
 
 def lora_file(name: str) -> Path:
-    """Where a LoRA is: as named, or in the folder of LoRAs; UserError where it is in neither."""
+    """Where a LoRA is: as named, or in the folder of LoRAs; UserError where it is in neither, and never was."""
     folder = models_root() / "loras"
-    for path in (Path(name), folder / name):
-        for candidate in (path, path.with_name(f"{path.name}.safetensors")) if path.name else ():
-            if is_file(candidate):
-                return candidate.absolute()
+    named = [path for path in (Path(name), folder / name) if path.name]
+    places = [found for path in named for found in (path, path.with_name(f"{path.name}.safetensors"))]
+    for place in places:
+        if is_file(place):
+            return place.absolute()
+    for place in places:
+        if HEADS.known(place.absolute()):
+            return place.absolute()
     raise UserError(f"no such LoRA: {shown(name)}", hint=f"a .safetensors file, here or in {folder}")
 
 
@@ -78,7 +105,7 @@ def rank_of(worn: LoraSet, asked: int = 0) -> int:
     >>> rank_of(lora_set("rank-4-and-12.safetensors, rank-32.safetensors"))
     48
     """
-    together = sum(max(ranks(path).values(), default=0) for path, _ in worn)
+    together = sum(max(ranks(path).values(), default=0) for path, *_ in worn)
     return max(asked, in_eights(together))
 
 
@@ -89,14 +116,18 @@ def in_eights(rank: int) -> int:
 
 def beyond_attention(worn: LoraSet) -> bool:
     """Whether one of them changes layers outside the attention blocks, as LoCon and LCM-LoRA do."""
-    return any(not ATTENTION.search(layer) for path, _ in worn for layer in ranks(path))
+    return any(not ATTENTION.search(layer) for path, *_ in worn for layer in ranks(path))
 
 
 def ranks(path: Path) -> dict[str, int]:
     """The rank of each layer of an image model that a file changes, by the file's own names; its head alone is read.
 
-    UserError for no file, another format and half a file. Whether it fits a model, `models.adapters.Loras` says.
+    UserError for no file, another format and half a file; one that has gone is as it last was. Whether it fits a model,
+    `models.adapters.Loras` says.
     """
+    stamp, head = stamp_now(path), HEADS.known(path)
+    if head and stamp == head[0]:
+        return head[1]
     found = {}
     with opened(path) as file:
         for key in file.keys():  # noqa: SIM118
@@ -105,4 +136,5 @@ def ranks(path: Path) -> dict[str, int]:
                 shape = file.get_slice(key).get_shape()
                 if (match["part"] or PEFT[match["peft"]]) == "up" and len(shape) > 1:
                     found[match["layer"]] = int(shape[1])
+    HEADS.put(path, (stamp, found))
     return found

@@ -43,6 +43,8 @@ To = Annotated[
 Model = Annotated[str, typer.Option(help="see `livestyle models`")]
 Engine = Annotated[str, typer.Option(help="auto, openvino, torch, torch-cuda, tensorrt or null")]
 Size = Annotated[str, typer.Option(metavar="WxH", help="box the picture is fitted into, pixels")]
+Decode = Annotated[str | None, typer.Option(metavar="D", help="decode on: auto, software, or a device such as cuda")]
+Encoder = Annotated[str | None, typer.Option(metavar="E", help="encode H.264 by: auto, x264 or nvenc")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="F", help="write the report as JSON")]
 HtmlFile = Annotated[Path | None, typer.Option("--html", metavar="F", help="write the report as a page")]
@@ -96,6 +98,8 @@ def run(
     realtime: Annotated[bool, typer.Option("--realtime", help="play a file at its own rate, as if live")] = False,
     stats: Annotated[Path | None, typer.Option(metavar="F.json", help="write measurements")] = None,
     fit: Annotated[str | None, typer.Option(help="fit, crop or stretch")] = None,
+    decode: Decode = None,
+    encoder: Encoder = None,
     quiet: Quiet = False,
 ) -> None:
     """Stylize SOURCE into every SINK."""
@@ -110,7 +114,12 @@ def run(
     if not to:
         to = [default_sink(source, params.sink.codec)]
         notes.append(f"no --to given: writing to {to[0]}")
-    job = Job(source, tuple(to), params, model, engine, box, frames, realtime, stats, quiet, notes=tuple(notes))
+    job = Job(
+        *(source, tuple(to), params, model, engine, box, frames, realtime, stats, quiet),
+        notes=tuple(notes),
+        decode=decode or "auto",
+        encoder=encoder or "auto",
+    )
     outcome = _run(job)
     if not quiet:
         done = "interrupted after" if outcome.interrupted else "done:"
@@ -134,6 +143,9 @@ def serve(
     model: Annotated[str | None, typer.Option(help="see `livestyle models`")] = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="what it should look like")] = None,
     engine: Annotated[str | None, typer.Option(help="as for `livestyle run`")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=16, help="streams whose frames share a launch; 4 on a GPU, else 1")
+    ] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="box the pictures are fitted into, pixels")] = None,
     preset: Annotated[str | None, typer.Option(help="fast or quality")] = None,
     config: Annotated[Path | None, typer.Option(metavar="F.toml", help="settings file, with a table [server]")] = None,
@@ -150,6 +162,8 @@ def serve(
     ice_server: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT")
     ] = None,
+    decode: Decode = None,
+    encoder: Encoder = None,
     osc: Annotated[int | None, typer.Option(metavar="PORT", min=0, max=65535, help="listen for OSC")] = None,
     open_: Annotated[bool, typer.Option("--open", help="open the page in a browser")] = False,
 ) -> None:
@@ -163,6 +177,9 @@ def serve(
         "port": port,
         "live.model": model,
         "live.engine": engine,
+        "live.batch": batch,
+        "live.decode": decode,
+        "live.encoder": encoder,
         "live.box": parse_size(size)[0] if size else None,
         "recordings": recordings,
         "tls_cert": tls_cert,
@@ -224,6 +241,7 @@ def build(
     preset: Annotated[str | None, typer.Option(help="fast or quality")] = None,
     config: Annotated[Path | None, typer.Option(metavar="F.toml", help="settings file")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=16, help="also for so many streams' frames in a launch")] = 1,
 ) -> None:
     """Make a model's engines ahead of its first run, with what the settings need."""
     from models.build import build as build_engines
@@ -234,7 +252,7 @@ def build(
     if note:
         _say(note)
     params = load_params(preset, config, set_ or (), model=model)
-    build_engines(model, box, engine, target, _say, structure_of(params))
+    build_engines(model, box, engine, target, _say, structure_of(params), batch)
     print(f"{model} at {box[0]}x{box[1]}: engines are ready{f' for {target}' if target else ''}")
 
 
@@ -331,16 +349,17 @@ def bench_scale(
     seconds: Annotated[float, typer.Option(min=0.2, help="of each number")] = 10.0,
     fps: Annotated[float, typer.Option(min=1, max=1000, help="of each camera; more than can be painted")] = 240.0,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=16, help="frames in a shared launch; 1 = none is shared")] = 4,
     json_file: JsonFile = None,
     html_file: HtmlFile = None,
 ) -> None:
-    """Live streams side by side through one worker: fps of each and of all, latency, memory."""
+    """Live streams side by side through one worker, also sharing launches: fps of each and of all, latency, memory."""
     from bench import scale
     from stream.config import parse_size
 
     _check_reports(json_file, html_file)
     counts, box = scale.counts_of(sessions), parse_size(size)[0]
-    report = scale.measure(source, model, engine, box, counts, seconds, fps, set_ or (), _say)
+    report = scale.measure(source, model, engine, box, counts, seconds, fps, set_ or (), _say, batch)
     _publish(report, json_file, html_file)
 
 

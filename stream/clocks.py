@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from accel.machine import give_way
+from stream.gather import Asked, Device, Diffused
 from stream.pacing import Costs, Plan, plan
 
 if TYPE_CHECKING:
@@ -27,29 +25,8 @@ if TYPE_CHECKING:
 FADE = 2  # frames in which a key that came late takes over
 
 
-@dataclass(frozen=True, slots=True)
-class Diffused:
-    """A picture out of the style lane; None while a stream batch still fills."""
-
-    image: NDArray[np.uint8] | None
-    stages_ms: dict[str, float]
-    took_ms: float
-
-
-class Device:
-    """What diffuses one picture at a time, whichever model it is for, and a thread to wait for it in."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="style", initializer=give_way)
-
-    def close(self) -> None:
-        """Let go of the thread; a picture under way is finished first."""
-        self.thread.shutdown()
-
-
 class StyleLane:
-    """Where pictures are diffused, one at a time: in the caller's turn, or in a thread that nobody waits for.
+    """Where a session's pictures are diffused: in the caller's turn, or in a thread that nobody waits for.
 
     The lanes of one device's models share it.
     """
@@ -67,29 +44,11 @@ class StyleLane:
         *,
         cut: bool = False,
         moved: Flow | None = None,
-    ) -> Diffused:
-        """Diffuse one picture; `launched` is called while its last network still runs.
-
-        `cut`: another scene begins. `moved`: the flow back to the picture diffused before this one.
-        """
-        with self.device.lock:
-            started = time.perf_counter()
-            if cut:
-                self.stylizer.forget(state)
-            elif moved is not None:
-                self.stylizer.moved(state, moved)
-            going = self.stylizer.step(state, image, params)
-            launched()
-            going.wait()
-            picture = going.image()
-            if params.debug.style_delay_ms:
-                time.sleep(params.debug.style_delay_ms / 1000)
-            took = (time.perf_counter() - started) * 1000
-        if params.debug.flicker and picture is not None:
-            from models.temporal import flickered
-
-            picture = flickered(picture, params.debug.flicker)
-        return Diffused(picture, dict(going.stages_ms), took)
+    ) -> Generator[Asked, None, Diffused]:
+        """Ask for one picture, and go on once that has come to something. Arguments are those of `Asked`."""
+        asked = Asked(self.stylizer, state, image, params, launched, cut, moved)
+        yield asked
+        return flickering(asked)
 
     def later(
         self,
@@ -102,19 +61,32 @@ class StyleLane:
         moved: Flow | None = None,
     ) -> Future[tuple[Diffused, Key | None]]:
         """The same in the style lane's own thread, made into the key of the frame that `track` follows."""
+        asked = Asked(self.stylizer, state, image, params, cut=cut, moved=moved)
 
         def diffuse() -> tuple[Diffused, Key | None]:
             from models.lane import made
 
-            picture = self.now(state, image, params, cut=cut, moved=moved)
+            self.device.diffuse([asked])
+            picture = flickering(asked)
             key = made(track, picture.image) if track is not None and picture.image is not None else None
             return picture, key
 
+        self.device.put(asked)
         return self.device.thread.submit(diffuse)
 
     def close(self) -> None:
         """Let go of the device's thread; a picture under way is finished first."""
         self.device.close()
+
+
+def flickering(asked: Asked) -> Diffused:
+    """What came of it, with the noise that `debug.flicker` adds."""
+    picture = asked.picture()
+    if not asked.params.debug.flicker or picture.image is None:
+        return picture
+    from models.temporal import flickered
+
+    return replace(picture, image=flickered(picture.image, asked.params.debug.flicker))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +128,18 @@ class Clocks:
     _since: int = 0  # frames since the last key
     _cut: bool = False  # another scene has begun since a frame was last diffused
 
+    @property
+    def asks(self) -> bool:
+        """Whether the next frame is one that will be diffused in its turn, as far as can be told."""
+        return self.plan.mode != "reproject" and self._since + 1 >= self.plan.every
+
     def turn(
         self, state: State, image: NDArray[np.uint8], params: Params, launched: Callable[[], None] = lambda: None
-    ) -> Turn:
-        """The picture to show for a captured frame; `launched` is called when the next one may be fetched."""
+    ) -> Generator[Asked, None, Turn]:
+        """The picture to show for a captured frame, once what it asks for on the way has come to something.
+
+        `launched` is called when the next frame may be fetched.
+        """
         period_ms = self.period_ms / self.share
         self.plan = plan(params.temporal, self.costs, self.plan, live=self.live, period_ms=period_ms)
         if self.plan.mode == "every-frame" and self._refiner(params) == "off" and not remembers(params):
@@ -167,14 +147,14 @@ class Clocks:
             if self._wasted(state, image, params, must=self._shown is None):
                 launched()
                 return Turn(self._shown, {}, waited=True)
-            key = self.style.now(state, image, params, launched)
+            key = yield from self.style.now(state, image, params, launched)
             self._shown = key.image if params.temporal.skip_similar else None
             self.costs.add_style(key.took_ms)
             return Turn(key.image, {}, key, waited=True, ago=self.style.stylizer.delay)
         self._shown = None
         lane = self._follow(state, params, image)
         lane.advance(image)
-        self._cut |= lane.motion is not None and lane.motion.cut
+        self._cut |= lane.cut
         self._since += 1
         late = self.plan.mode == "reproject" and lane.ready
         arrived = self._arrived(lane, wait=not late)
@@ -186,9 +166,9 @@ class Clocks:
             asking = False
         if asking and not late:
             track, moved = self._ask(lane), lane.moved
-            arrived = self.style.now(state, image, params, launched, cut=self._cut, moved=moved)
+            arrived = yield from self.style.now(state, image, params, launched, cut=self._cut, moved=moved)
             while not lane.ready and arrived.image is None:  # fill a stream batch with the first frame
-                track, arrived = self._ask(lane), self.style.now(state, image, params)
+                track, arrived = self._ask(lane), (yield from self.style.now(state, image, params))
             if track is not None and arrived.image is not None:
                 lane.answer(track, arrived.image, 1 if self._cut else self.plan.every)
             self._since, self._cut = 0, False
@@ -249,7 +229,8 @@ class Clocks:
             self._drop()
             self.style.stylizer.drain(state)  # frames in a stream batch that this lane has not followed
             temporal = params.temporal.model_copy(update={"refiner": refiner})
-            self._lane = frame_lane(temporal, (image.shape[1], image.shape[0]))
+            size = (image.shape[1], image.shape[0])
+            self._lane = frame_lane(temporal, size, self.style.stylizer.device)
             self._built = built
         return self._lane
 

@@ -20,6 +20,7 @@ from av.video.reformatter import ColorRange
 from numpy.typing import NDArray
 
 from accel.errors import UserError
+from stream import hardware
 from stream.frame import Frame
 from stream.sound import RATE, TICK, Sound
 
@@ -31,7 +32,6 @@ TIME_BASE = Fraction(1, CLOCK)
 GOP_S = 4.0  # a keyframe at least so often; viewers ask for more when they need them
 BUFFER_FRAMES = 4  # the rate is kept over so many frames: a keyframe stays small, and nothing paces its packets
 LEAST = 60_000  # bits per second of any picture
-IN_PLACE = 0.1  # a smaller relative change of bitrate is not worth a change
 SMALL = 640 * 480  # pixels up to which x264 has time for a little more than its quickest
 LARGE = 1280 * 720  # pixels from which several threads share a picture
 SOUND_BITRATE = 96_000
@@ -87,25 +87,34 @@ def yuv420(image: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
 
 
 class PictureCoder:
-    """H.264 or VP8; takes any size of picture and opens anew, with a keyframe, when the size changes.
+    """Pictures as H.264 or VP8, for the least delay. One thread uses it.
 
-    Pictures are made smaller by `scale` and get `share` of the bits that the whole ones should have; `bitrate`, if it
-    is set, takes the place of that. One thread uses it.
+    Opens anew, with a keyframe, when the size of the pictures changes. `scale` divides both sides, `share` is the part
+    of the nominal bits; `tell` is told when x264 had to take over.
     """
 
-    def __init__(self, codec: str, fps: float, scale: int = 1, share: float = 1.0) -> None:
+    def __init__(
+        self,
+        codec: str,
+        fps: float,
+        scale: int = 1,
+        share: float = 1.0,
+        tell: Callable[[str], None] = lambda words: None,
+    ) -> None:
         self.codec, self.fps, self.scale, self.share = codec, max(1.0, fps), scale, share
-        self.bitrate: int | None = None  # bits per second asked for
+        self._tell = tell
         self._context: VideoCodecContext | None = None
+        self._on_card = False
         self._size: Size = (0, 0)
-        self._opened = 0  # bits per second it was opened for: the most it can be set to in place
+        self._whole: Size = (0, 0)  # of the pictures it is open for
         self._last: int | None = None  # pts
 
     def encode(self, frame: Frame, keyframe: bool) -> list[Encoded]:
         """One packet per picture, at once; raises UserError when the codec cannot be opened."""
         height, width = frame.image.shape[:2]
-        bitrate = self.bitrate or max(LEAST, int(self.share * nominal_bitrate((width, height), self.fps)))
-        context = self._ready(scaled((width, height), self.scale), bitrate)
+        context = self._context
+        if context is None or (width, height) != self._whole:
+            context = self._open((width, height))
         picture = av.VideoFrame.from_ndarray(yuv420(frame.image, self._size), "yuv420p")
         pts = round(frame.captured * CLOCK)
         if self._last is not None and pts <= self._last:
@@ -116,31 +125,47 @@ class PictureCoder:
         try:
             packets = context.encode(picture)
         except av.FFmpegError as error:
-            raise UserError(f"{self.codec} stopped encoding: {error.strerror}") from None
+            packets = self._again(picture, error)
         return [Encoded(packet, packet.is_keyframe, frame.captured, self._size) for packet in packets]
 
-    def _ready(self, size: Size, wanted: int) -> VideoCodecContext:
-        context = self._context
-        if context and size == self._size:
-            if abs(wanted - (context.bit_rate or 0)) <= IN_PLACE * wanted:
-                return context
-            if self.codec == "h264" and wanted <= self._opened:  # libvpx does not look at it again
-                context.bit_rate = wanted
-                return context
-        self._context = open_codec(self.codec, size, self.fps, wanted)
-        self._size, self._opened = size, wanted
+    def _open(self, whole: Size) -> VideoCodecContext:
+        self._whole, self._size = whole, scaled(whole, self.scale)
+        bitrate = max(LEAST, int(self.share * nominal_bitrate(whole, self.fps)))
+        self._on_card = self.codec == "h264" and hardware.uses_nvenc(self._size)
+        if self._on_card:
+            try:
+                self._context = open_nvenc(self._size, self.fps, bitrate)
+            except av.FFmpegError as error:  # every session of the card is taken
+                self._tell(hardware.nvenc_failed(error))
+                self._on_card = False
+        if not self._on_card:
+            self._context = open_codec(self.codec, self._size, self.fps, bitrate)
+        assert self._context is not None
         return self._context
+
+    def _again(self, picture: av.VideoFrame, error: av.FFmpegError) -> list[av.Packet[Any]]:
+        """The picture by x264 where it was the card that failed; a viewer sees a keyframe. Raises UserError."""
+        if not self._on_card:
+            raise UserError(f"{self.codec} stopped encoding: {error.strerror}") from None
+        self._tell(hardware.nvenc_failed(error))
+        return self._open(self._whole).encode(picture)
+
+
+def open_nvenc(size: Size, fps: float, bitrate: int) -> VideoCodecContext:
+    """An open encoder on the card; raises av.FFmpegError. PyAV holds the interpreter lock meanwhile: do it rarely."""
+    context = cast("VideoCodecContext", av.CodecContext.create(hardware.NVENC, "w"))
+    _describe(context, size, fps, bitrate)
+    buffer = int(bitrate / fps * BUFFER_FRAMES)
+    context.options = hardware.live_options(bitrate, buffer) | {"profile": "baseline"}
+    context.open()
+    return context
 
 
 def open_codec(codec: str, size: Size, fps: float, bitrate: int) -> VideoCodecContext:
     """An open encoder; raises UserError. PyAV holds the interpreter lock for its 1 to 3 ms: do it rarely."""
     try:
         context = cast("VideoCodecContext", av.CodecContext.create(ENCODERS[codec], "w"))
-        context.width, context.height, context.pix_fmt = *size, "yuv420p"
-        context.time_base, context.framerate = TIME_BASE, Fraction(fps).limit_denominator(1001)
-        context.bit_rate, context.gop_size, context.max_b_frames = bitrate, max(1, round(fps * GOP_S)), 0
-        context.color_range, context.colorspace = ColorRange.MPEG, 6  # BT.601's matrix …
-        context.color_primaries = context.color_trc = 1  # … with sRGB's primaries, those of BT.709
+        _describe(context, size, fps, bitrate)
         # libvpx's threads wait busily for each other: two cost 1.7 times the CPU of one
         context.thread_count = min(4, os.cpu_count() or 1) if codec == "h264" and size[0] * size[1] >= LARGE else 1
         context.options = _x264(size, fps, bitrate) if codec == "h264" else _vpx(bitrate)
@@ -151,6 +176,14 @@ def open_codec(codec: str, size: Size, fps: float, bitrate: int) -> VideoCodecCo
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot encode {codec}: {reason}", hint="`livestyle doctor` lists the codecs") from None
     return context
+
+
+def _describe(context: VideoCodecContext, size: Size, fps: float, bitrate: int) -> None:
+    context.width, context.height, context.pix_fmt = *size, "yuv420p"
+    context.time_base, context.framerate = TIME_BASE, Fraction(fps).limit_denominator(1001)
+    context.bit_rate, context.gop_size, context.max_b_frames = bitrate, max(1, round(fps * GOP_S)), 0
+    context.color_range, context.colorspace = ColorRange.MPEG, 6  # BT.601's matrix …
+    context.color_primaries = context.color_trc = 1  # … with sRGB's primaries, those of BT.709
 
 
 def _x264(size: Size, fps: float, bitrate: int) -> dict[str, str]:
@@ -178,8 +211,6 @@ def _vpx(bitrate: int) -> dict[str, str]:
 
 class SoundCoder:
     """Opus, 20 ms a packet. One thread uses it."""
-
-    bitrate: int | None = None
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

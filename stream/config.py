@@ -99,9 +99,8 @@ def parse_size(text: str) -> tuple[tuple[int, int], str]:
     ((512, 80), 'size 513x77 → 512x80: multiples of 8, at least 64')
     """
     match = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text.strip())
-    if not match or max(int(match[1]), int(match[2])) > SIZE_MAX:
+    if not match or not 1 <= min(asked := (int(match[1]), int(match[2]))) <= max(asked) <= SIZE_MAX:
         raise UserError(f"bad size: {text}", hint=f"--size takes WIDTHxHEIGHT up to {SIZE_MAX}, for example 512x288")
-    asked = int(match[1]), int(match[2])
     size = _snap(asked[0]), _snap(asked[1])
     limits = f"multiples of {SIZE_STEP}, at least {SIZE_MIN}"
     note = "" if size == asked else f"size {asked[0]}x{asked[1]} → {size[0]}x{size[1]}: {limits}"

@@ -28,7 +28,15 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything that can be found out without opening a camera or a window."""
-    checks: tuple[Callable[[], list[Finding]], ...] = (_system, _libraries, _engines, _codecs, _cameras, _display)
+    checks: tuple[Callable[[], list[Finding]], ...] = (
+        _system,
+        _libraries,
+        _engines,
+        _codecs,
+        _video,
+        _cameras,
+        _display,
+    )
     return [finding for check in checks for finding in check()]
 
 
@@ -84,6 +92,24 @@ def _codecs() -> list[Finding]:
     return [
         Finding(f"codec {name}", name in av.codecs_available, use if name in av.codecs_available else "missing", hint)
         for name, use in CODECS.items()
+    ]
+
+
+def _video() -> list[Finding]:
+    """The video engines beside the processor; without them nothing is missing."""
+    try:
+        from stream import hardware
+    except ImportError:
+        return []  # said above
+    lack = hardware.lack_of_nvenc()
+    hint = "x264 does it; NVENC needs a card that has it (data-centre cards have none) and its driver"
+    return [
+        Finding("encode on nvenc", not lack, lack or "ready", hint),
+        *(
+            Finding(f"decode on {device}", not lack, lack or "ready", "software does it")
+            for device in hardware.devices()
+            for lack in [hardware.lack_of_device(device)]
+        ),
     ]
 
 

@@ -37,13 +37,11 @@ class Streaming(Protocol):
     def size(self) -> Size: ...
     @property
     def fps(self) -> float: ...
-    def say(self, kind: Literal["error"], text: str) -> None: ...
+    def say(self, kind: Literal["error", "note"], text: str) -> None: ...
 
 
 class Coder(Protocol[T_contra]):
     """Turns items into packets; raises UserError when it cannot."""
-
-    bitrate: int | None
 
     def encode(self, item: T_contra, keyframe: bool, /) -> list[Encoded]: ...
 
@@ -71,7 +69,6 @@ class Encoder(Generic[T]):
         self.encode_ms = 0.0  # mean of late
         self.error: UserError | None = None  # why it last stopped by itself
         self._source, self._coder, self._tell, self._clock, self._capacity = source, coder, tell, clock, capacity
-        self._bitrate: int | None = None
         self._asked = False
         self._last_key = float("-inf")
         self._fresh: list[Encoded] = []  # since the last keyframe, while that is fresh
@@ -111,15 +108,6 @@ class Encoder(Generic[T]):
         """Ask for a keyframe; requests within half a second are answered by one."""
         self._asked = True
 
-    def set_bitrate(self, bits_per_s: int | None) -> None:
-        """From the next picture on; None follows the size."""
-        self._bitrate = bits_per_s
-
-    @property
-    def bitrate(self) -> int | None:
-        """What was set, bits per second."""
-        return self._bitrate
-
     def _run(self, box: Mailbox[T]) -> None:
         error: UserError | None = None
         try:
@@ -144,7 +132,6 @@ class Encoder(Generic[T]):
     def _encode(self, coder: Coder[T], item: T, box: Mailbox[T]) -> None:
         now = time.perf_counter()
         keyframe = self._asked and self._clock() - self._last_key >= KEYFRAME_S
-        coder.bitrate = self._bitrate
         packets = coder.encode(item, keyframe)
         self.encode_ms += ((time.perf_counter() - now) * 1000 - self.encode_ms) * (SMOOTH if self.frames else 1.0)
         self.frames += 1
@@ -189,7 +176,7 @@ class Encoders:
         if (codec, rung) not in self._pictures:
             self._pictures[codec, rung] = Encoder(
                 stream.outlets,
-                lambda: PictureCoder(codec, stream.fps, scale, share),
+                lambda: PictureCoder(codec, stream.fps, scale, share, self._note),
                 f"{codec}-{rung}",
                 tell=self._tell,
             )
@@ -226,6 +213,9 @@ class Encoders:
             for encoder in every
             if encoder.readers
         ]
+
+    def _note(self, words: str) -> None:
+        self._stream.say("note", words)  # it is on the terminal already
 
     def _tell(self, words: str) -> None:
         log.warning("%s", words)

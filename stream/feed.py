@@ -14,6 +14,8 @@ from stream.source import HEALTHY_S, Size, Source, SourceChanged, SourceLost, re
 
 log = logging.getLogger(__name__)
 
+AGAIN_S = 1.0  # a recording that is shorter is not played again at once
+
 Opener = Callable[[Size | None, str], Source]  # (box, fit): `stream.source.open_source` without its URL
 
 
@@ -56,6 +58,9 @@ class Feed(threading.Thread):
             opened = self._clock()
             try:
                 self._read()
+                if self.retry and self._clock() - opened >= AGAIN_S:  # a recording, which begins again
+                    patience = retry_delays()
+                    continue
                 self.lost = "it ended"
             except SourceChanged:
                 continue

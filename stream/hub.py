@@ -50,6 +50,7 @@ class LiveSettings:
     params: Params = field(default_factory=Params)
     max_streams: int = 8
     stall_s: float = 3.0  # live without a picture for so long is stalled
+    batch: int | None = None  # streams whose frames share a launch; None = as many as pay on the device
 
 
 def _load(model: str, size: tuple[int, int], engine: str, say: Callable[[str], None], **build: Any) -> Stylizer:
@@ -149,11 +150,20 @@ class Hub:
         if found is None:
             engine, structure = self.settings.engine, build.structure
             found = self._load(build.model, build.size, engine, say, structure=structure, progress=progress)
+        elif found.width == 1:  # asked for again: others may share its launches, once there are engines for that
+            self.loader.submit(self._widen, found, build)
         with self._lock:
             self._stylizers[build] = found  # the newest last
             while len(self._stylizers) > KEPT:
                 del self._stylizers[next(iter(self._stylizers))]
         return found
+
+    def _widen(self, stylizer: Stylizer, build: Engineering) -> None:
+        """In the loader's thread, behind the session that it is for: frames go on meanwhile, one per launch."""
+        try:
+            stylizer.widen(self.settings.batch)
+        except Exception as error:  # noqa: BLE001 whatever it is, streams go on as they were
+            log.warning("%s: streams share no launches: %s", build.model, error)
 
     def announce(self, event: Event) -> None:
         """Hand an event to whoever listens."""

@@ -170,6 +170,7 @@ class Stream:
             self._level = self._current_level()
         self._seat.forgive()
         self._seat.retune(self._effective())
+        self.say("params", f"model: {model}", flatten(self.params.model_dump()))
 
     def attach(self, sink: Sink, *, lossless: bool = False) -> Attached:
         """Write what comes out to `sink`, in a thread of its own. `lossless`: rather late than with a gap."""
@@ -328,6 +329,7 @@ class Stream:
         words = self.words() if phase != "stalled" else "no picture from the camera"
         key = (words, self.size, last.seq if last else None)
         if self._card[0] != key:
-            self._card = key, slate(self.size, words, last.image if last else None)
+            progress = self._seat.progress[1] if self._seat.progress else None
+            self._card = key, slate(self.size, words, last.image if last else None, progress)
         pts = last.pts + int((now - last.captured) * 1e6) if last else next(self._slates) * 200_000
         return Frame(self._card[1], pts, last.seq if last else 0, now)

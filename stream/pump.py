@@ -1,4 +1,4 @@
-"""The reader thread's loop: source → inbox. The only place that retries a source."""
+"""The reader thread's loop: source → inbox, opened again when it is lost. A live stream has `stream.feed` for that."""
 
 from __future__ import annotations
 

@@ -51,6 +51,8 @@ class Job:
     quiet: bool = False
     tour: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # said once the run can start
+    decode: str = "auto"
+    encoder: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +97,11 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
     """
     from models.lane import frame_lane
     from models.load import load
+    from stream import hardware
 
     with Interrupts().installed() as interrupts, contextlib.ExitStack() as opened:
         check_paths(job)
+        hardware.choose(job.decode, job.encoder)
 
         sinks: list[Sink] = []
         realtime = job.realtime or any(is_outward(url) for url in job.sinks)
@@ -120,7 +124,7 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
         temporal = job.params.temporal
         stylizer = load(job.model, size, job.engine, say, structure=structure_of(job.params))
         stylizer.prepare(job.params)
-        frame_lane(temporal, size)  # what it lacks is said before any file is begun
+        frame_lane(temporal, size, stylizer.device)  # what it lacks is said before any file is begun
         advice = stylizer.advice(job.params)
         told = [*job.notes, *source.warnings, *([advice] if advice else [])]
         for note in told:
@@ -133,7 +137,7 @@ def run(job: Job, say: Callable[[str], None]) -> Outcome:
                 sinks[-1].sounding()
         opened.pop_all()  # from here on their threads close them
         interrupts.raises = False
-        total = job.frames or (None if spec.live else spec.frames)
+        total = min([count for count in (job.frames, None if spec.live else spec.frames) if count], default=None)
         with Worker(stylizer) as worker, Status(total, quiet=job.quiet) as status:
             session = worker.open(job.params, spec.live, frames=job.frames if spec.live else None, fps=spec.fps or 30.0)
             for url, sink in zip(job.sinks, sinks, strict=True):
@@ -220,19 +224,29 @@ def check_report(path: Path) -> None:
         raise UserError(f"no such folder: {path.parent}", hint="create it first, or choose another place")
     if path.is_dir():
         raise UserError(f"{path} is a folder", hint="name a file inside it")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"not allowed to write into {path.parent}", hint="choose another place")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise _unwritten(path, error) from None
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Write a report so that a reader sees all of it or the old one."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a report so that a reader sees all of it or the old one; raises UserError."""
+    scratch = ""
     try:
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
             file.write("\n")
         os.chmod(scratch, 0o644)  # mkstemp's 0600 is for secrets
         os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
+    except BaseException as error:
+        if scratch:
+            os.unlink(scratch)
+        if isinstance(error, OSError):
+            raise _unwritten(path, error) from None
         raise
+
+
+def _unwritten(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {(error.strerror or str(error)).lower()}", hint="choose another place")

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from accel.errors import UserError
 from stream.frame import Frame, VideoSpec
+from stream.source import check_address
 
 
 class SinkClosed(Exception):
@@ -46,7 +47,7 @@ SCHEMES: dict[str, str] = {
     "whip+https": "whip",
 }
 
-
+KINDS = "a sink is a file (.mp4 .mkv .mov), virtualcam, rtmp:// rtsp:// srt:// whip+https://, window or null"
 OUTWARD = ("virtualcam", "publish", "whip")  # modules whose viewers see frames when they are written
 
 
@@ -58,6 +59,8 @@ def scheme_of(url: str) -> str:
     """
     if url in ("window", "null"):
         return url
+    if not url:
+        raise UserError("no sink is named", hint=KINDS)
     if re.fullmatch(r"virtualcam(:.+)?", url):
         return "virtualcam"
     scheme, separator, _ = url.partition("://")
@@ -66,8 +69,10 @@ def scheme_of(url: str) -> str:
     if scheme.lower() not in SCHEMES:
         raise UserError(
             f"no sink of kind {scheme}://",
-            hint="a sink is a file (.mp4 .mkv .mov), virtualcam, rtmp:// rtsp:// srt:// whip+https://, window or null",
+            hint=KINDS,
         )
+    if SCHEMES[scheme.lower()] in ("publish", "whip"):
+        check_address(url)
     return scheme.lower()
 
 

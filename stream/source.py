@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from accel.errors import UserError
 from stream.frame import Frame, VideoSpec
@@ -61,6 +62,8 @@ SCHEMES: dict[str, str] = {
     "demo": "demo",
 }
 
+KINDS = "a source is a file, camera[:N], /dev/videoN, screen, rtsp:// rtmp:// srt:// http(s)://, demo or test"
+
 
 def scheme_of(url: str) -> str:
     """The row of the scheme table a SOURCE belongs to; a bare path is `file`. Raises UserError for an unknown one.
@@ -74,15 +77,31 @@ def scheme_of(url: str) -> str:
         return "screen"
     if url in ("test", "demo"):
         return url
+    if not url:
+        raise UserError("no source is named", hint=KINDS)
     scheme, separator, _ = url.partition("://")
     if not separator:
         return "file"
     if scheme.lower() not in SCHEMES:
         raise UserError(
             f"no source of kind {scheme}://",
-            hint="a source is a file, camera[:N], /dev/videoN, screen, rtsp:// rtmp:// srt:// http(s)://, demo or test",
+            hint=KINDS,
         )
+    if SCHEMES[scheme.lower()] == "network":
+        check_address(url)
     return scheme.lower()
+
+
+def check_address(url: str) -> None:
+    """Raise UserError for what cannot be a URL, or has no host; SRT may listen, and has none then."""
+    scheme = url.partition("://")[0].lower()
+    try:
+        parts = urlsplit(url)
+        found = parts.hostname or (scheme == "srt" and parts.port)
+    except ValueError:
+        found = None
+    if not found:
+        raise UserError(f"no host in that {scheme}:// address", hint=f"for example {scheme}://camera.lan/1")
 
 
 def open_source(url: str, *, size: Size | None = None, fit: str = "fit", realtime: bool = False) -> Source:

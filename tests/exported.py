@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from accel.engine import EngineSpec
+from accel.engine import Backend, EngineSpec
 from accel.export import OLDER, OPSET, Exported, example, export, parity
 from models.bank import Bank, bank_layers
 from models.controlnet import control_folder, control_graph
@@ -22,6 +23,7 @@ from models.image_prompt import ImagePrompt
 from models.ip_adapter import find_adapter
 from models.motion import Motion
 from models.networks import Graph, graphs
+from models.raft import RaftNet, flow_engine
 from models.refiner import load_refiner
 from models.residuals import Residuals
 from models.rolling import Window
@@ -87,7 +89,8 @@ def mini(name: str, root: Path) -> Graph:
     return graphs(Folder(Path(__file__).parent.parent / "models" / "mini"), SIZE)[name]
 
 
-def refiner(root: Path) -> Graph:
+def caught(load: Callable[[Backend], object]) -> Graph:
+    """What a loader gives its backend to compile."""
     found: list[Graph] = []
 
     class Caught:
@@ -98,8 +101,20 @@ def refiner(root: Path) -> Graph:
         def load(self, module: Callable[[], nn.Module], spec: EngineSpec, cache: Path | None = None) -> None:
             found.append(Graph(module, spec))
 
-    load_refiner(SIZE, Caught())  # type: ignore[arg-type]
+    load(Caught())  # type: ignore[arg-type]
     return found[0]
+
+
+def refiner(root: Path) -> Graph:
+    return caught(lambda backend: load_refiner(SIZE, backend))
+
+
+def flow(root: Path) -> Graph:
+    """Both sides are made larger inside."""
+    torch.manual_seed(0)
+    file = root / "raft.safetensors"
+    save_file(RaftNet().state_dict(), file)
+    return caught(lambda backend: flow_engine(file, (1, 3, 136, 150), backend))
 
 
 NETWORKS: dict[str, Callable[[Path], Graph]] = {
@@ -116,6 +131,7 @@ NETWORKS: dict[str, Callable[[Path], Graph]] = {
     "encode, mini": partial(mini, "encode"),
     "decode, mini": partial(mini, "decode"),
     "refiner": refiner,
+    "flow": flow,
 }
 
 
@@ -130,7 +146,7 @@ def inputs_of(spec: EngineSpec) -> dict[str, Tensor]:
         "masked": torch.zeros_like,
         "lora": lambda t: t / 8,
         "age": lambda t: 1 + t.abs(),
-        **dict.fromkeys(("stylized", "source", "trust"), Tensor.sigmoid),
+        **dict.fromkeys(("stylized", "source", "trust", "now", "before"), Tensor.sigmoid),
         **dict.fromkeys(("apart", "coarse"), lambda t: t / 10),
         "travel": Tensor.abs,
     }

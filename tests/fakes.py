@@ -7,14 +7,16 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.launched import Failed, Launched, Stages
 from models.params import Params
+from stream.clocks import Clocks, Turn
 from stream.frame import Frame, VideoSpec
 from stream.source import SourceLost
 
@@ -150,12 +152,15 @@ class FakeState:
 class FakeStylizer:
     """Inverts the picture; remembers settings and threads. A prompt of "boom" raises; `before` runs in each step."""
 
+    device = "cpu"
+
     def __init__(
         self, size: tuple[int, int] = SIZE, before: Callable[[FakeState, Params], None] = lambda state, params: None
     ) -> None:
         self.size = size
         self.info: dict[str, object] = {"model": "fake", "engine": "null", "device": "cpu", "versions": {"numpy": "2"}}
         self.states: list[FakeState] = []
+        self.launches: list[int] = []  # of several frames: how many
         self._before = before
 
     def open(self, params: Params) -> Any:
@@ -171,6 +176,24 @@ class FakeStylizer:
         return FakeLaunched(255 - image, {"encode": 1.0, "unet": 2.0, "decode": 0.5})
 
     delay = 0
+    width = 1  # frames of a launch
+
+    def step_together(self, frames: Sequence[tuple[Any, NDArray[np.uint8], Params]]) -> list[Launched]:
+        assert 1 < len(frames) <= self.width
+        self.launches.append(len(frames))
+        return [self._or_failed(*frame) for frame in frames]
+
+    def _or_failed(self, state: Any, image: NDArray[np.uint8], params: Params) -> Launched:
+        try:
+            return self.step(state, image, params)
+        except Exception as error:  # noqa: BLE001 what it must be told with
+            return Failed(error, Stages())
+
+    def company(self, params: Params) -> str:
+        return params.style.lora
+
+    def widen(self, count: int | None = None) -> None:
+        self.width = count or 1
 
     def prepare(self, params: Params) -> None:
         """Nothing to do ahead."""
@@ -186,6 +209,17 @@ class FakeStylizer:
 
     def advice(self, params: Params) -> str:
         return "words this model does not know: zorp" if "zorp" in params.style.prompt else ""
+
+
+def turned(clocks: Clocks, *arguments: Any) -> Turn:
+    """A frame's turn of a session that is alone on its device."""
+    turn = clocks.turn(*arguments)
+    try:
+        while True:
+            clocks.style.device.diffuse([next(turn)])
+    except StopIteration as done:
+        found: Turn = done.value
+        return found
 
 
 def install(step_s: float = 0.0) -> None:

@@ -96,3 +96,15 @@ def test_every_piece_has_its_limit_and_a_folder_that_can_be_made() -> None:
 def test_a_piece_writes_what_it_found(tmp_path) -> None:
     gpu.play(PIECES[0], tmp_path)
     assert json.loads((tmp_path / "one.json").read_text()) == {"summary": "measured"}
+
+
+def test_the_lane_is_measured_with_a_flow_of_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import latency
+    from models.flow import flow_estimator
+
+    monkeypatch.setenv("LIVESTYLE_MODELS", str(tmp_path))
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(latency, "measure", lambda **given: asked.append(given) or {})
+    gpu.lane(tmp_path)
+    assert asked[0]["settings"] == ("temporal.mode=reproject", "temporal.refiner=analytic", "temporal.flow=raft")
+    assert flow_estimator("raft")

@@ -20,12 +20,13 @@ from models.lane import made
 from models.params import Params, Temporal
 from models.reproject import GUIDE, Key, Track
 from models.stylizer import State
-from stream.clocks import FADE, Clocks, Diffused, StyleLane, Turn
+from stream.clocks import FADE, Clocks, StyleLane, Turn
 from stream.config import patched
+from stream.gather import Asked, Diffused
 from stream.pacing import Costs, Plan, affordable, plan
 from stream.pump import start_pump
 from stream.worker import Worker
-from tests.fakes import PATIENCE, FakeLaunched, FakeSink, FakeSource, FakeState, FakeStylizer
+from tests.fakes import PATIENCE, FakeLaunched, FakeSink, FakeSource, FakeState, FakeStylizer, turned
 from tests.fakes import frame as grey_frame
 from tests.scenes import SIZE, Image, sliding, texture
 
@@ -68,8 +69,9 @@ class Instant(StyleLane):
         self, state: State, image: Image, params: Params, track: Track, **told: Any
     ) -> Future[tuple[Diffused, Key]]:
         future: Future[tuple[Diffused, Key]] = Future()
-        picture = self.now(state, image, params, **told)
-        future.set_result((picture, made(track, picture.image)))
+        asked = Asked(self.stylizer, state, image, params, **told)
+        self.device.diffuse([asked])
+        future.set_result((asked.picture(), made(track, asked.picture().image)))
         return future
 
 
@@ -117,7 +119,7 @@ def run(
     style = style or Instant(FakeStylizer(SIZE))
     clocks = clocks or Clocks(style, live=True, period_ms=1e9)
     state = state or style.stylizer.open(params)
-    return [clocks.turn(state, frame, params) for frame in frames]
+    return [turned(clocks, state, frame, params) for frame in frames]
 
 
 def images(turns: list[Turn]) -> list[Image]:
@@ -288,7 +290,7 @@ class TestReproject:
         clocks, state = Clocks(style, live=True, period_ms=33.0), stylizer.open(self.params)
 
         def turn(image: Image) -> None:
-            clocks.turn(state, image, self.params)
+            turned(clocks, state, image, self.params)
 
         turn(texture(0))
         turn(texture(0))
@@ -356,17 +358,17 @@ def test_settings_may_change_at_any_frame(monkeypatch: pytest.MonkeyPatch) -> No
     for number, frame in enumerate(sliding(48, (1, 0))):
         params = patched(Params(), FEATURES[order[number // 4 % len(order)]])
         if number % 8 > 5:
-            params = patched(params, {"temporal.flow": "raft-small"})
-        turn = clocks.turn(state, frame, params)
+            params = patched(params, {"temporal.flow": "raft"})
+        turn = turned(clocks, state, frame, params)
         assert turn.image.shape == frame.shape
         assert np.abs(turn.image.astype(int) - (255 - frame)).mean() < 8
     style.close()
 
 
 def test_a_flow_without_its_weights_ends_that_session_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("LIVESTYLE_MODELS", str(tmp_path))
     worker = Worker(FakeStylizer())
-    bad = worker.open(settings(mode="cadence", flow="raft-small"), live=True)
+    bad = worker.open(settings(mode="cadence", flow="raft"), live=True)
     good = worker.open(settings(mode="cadence"), live=True)
     out = good.outlets.subscribe(2)
     for session in (bad, good):
@@ -412,7 +414,7 @@ def test_a_key_after_a_cut_is_the_first_of_its_shot() -> None:
 @pytest.mark.parametrize("mode", ["every-frame", "cadence", "reproject"])
 def test_a_delay_slows_the_style_lane_by_so_much(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("stream.clocks.time.sleep", slept.append)
+    monkeypatch.setattr("stream.gather.time.sleep", slept.append)
     turns = run([texture()] * 3, settings(mode=mode, cadence=1, debug_style_delay_ms=250.0))
     assert slept
     assert set(slept) == {0.25}
@@ -461,7 +463,7 @@ def test_the_reader_is_let_go_in_every_turn(feature: str) -> None:
     style, params, released = Instant(FakeStylizer(SIZE)), patched(Params(), FEATURES[feature]), set()
     clocks, state = Clocks(style, live=True, period_ms=1e9), style.stylizer.open(params)
     for number, frame in enumerate(sliding(5)):
-        clocks.turn(state, frame, params, lambda n=number: released.add(n))
+        turned(clocks, state, frame, params, lambda n=number: released.add(n))
         assert released == set(range(number + 1))
 
 

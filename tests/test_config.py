@@ -98,7 +98,7 @@ def test_sizes_become_multiples_of_eight_with_one_line(text: str, size: tuple[in
     assert "\n" not in note
 
 
-@pytest.mark.parametrize("text", ["512", "axb", "512x", "-8x8", "99999x8", ""])
+@pytest.mark.parametrize("text", ["512", "axb", "512x", "-8x8", "99999x8", "0x0", "0x64", ""])
 def test_a_bad_size_is_the_users_error(text: str) -> None:
     with pytest.raises(UserError):
         parse_size(text)

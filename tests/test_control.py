@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
-from accel.engine import Backend
+from accel.engine import Backend, Engine
 from accel.errors import UserError
 from accel.openvino_backend import OpenVINOBackend
 from accel.torch_backend import TorchBackend
-from models.control import CONTROLS, Picture, canny, control_picture, ready, tile
-from models.depth import Depths, depth_graph, inner_size
+from models.control import CONTROLS, Picture, canny, control_picture, tile
+from models.depth import Shades, depth_graph, inner_size
 
 SIZE = (512, 288)  # width, height
 DRAWN = ["canny", "lineart", "softedge"]
@@ -86,19 +86,6 @@ def test_any_size_and_a_flat_picture_will_do(name: str, size: tuple[int, int]) -
     assert not control_picture(name, np.full((*size, 3), 200, np.uint8)).any()
 
 
-def test_controls_that_need_a_network_say_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIVESTYLE_MODELS", str(tmp_path))
-    for ask in (lambda: control_picture("openpose", scene()), lambda: ready("openpose", SIZE)):
-        with pytest.raises(UserError, match="not built in") as caught:
-            ask()
-        assert "which needs none" in caught.value.hint
-    for ask in (lambda: control_picture("depth", scene()), lambda: ready("depth", SIZE)):
-        with pytest.raises(UserError, match="not here yet") as caught:
-            ask()
-        assert "livestyle fetch" in caught.value.hint
-    ready("canny", SIZE)
-
-
 def estimator(folder: Path, **settings: Any) -> Path:
     """A small random depth estimator of Depth Anything's class."""
     torch.manual_seed(3)
@@ -120,8 +107,7 @@ def estimator(folder: Path, **settings: Any) -> Path:
 def drawn(backend: Backend, folder: Path, picture: Picture) -> Picture:
     graph = depth_graph(folder, (picture.shape[1], picture.shape[0]))
     spec = replace(graph.spec, precision="fp32")  # random distances are so alike that bf16 hardly tells them apart
-    (found,) = backend.load(graph.build, spec)(torch.from_numpy(picture)[None])
-    return np.asarray(found[0].numpy(), np.uint8)
+    return Shades(backend.load(graph.build, spec))(picture)
 
 
 def test_depth_is_transformers_own_over_the_whole_range(tmp_path: Path) -> None:
@@ -155,22 +141,6 @@ def test_openvino_draws_the_same_depth(tmp_path: Path) -> None:
     assert np.abs(one.astype(int) - other).max() <= 1
 
 
-def test_a_fetched_estimator_is_used_from_any_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIVESTYLE_MODELS", str(tmp_path))
-    monkeypatch.setattr("accel.select.ORDER", ("torch",))
-    depths = Depths()
-    with pytest.raises(UserError, match="not here yet"):
-        depths.ready((112, 80))
-    folder = estimator(tmp_path / "depth-anything-small")
-    picture = noisy(scene(), 4)[:80, :112]
-    depths.ready((112, 80))
-    with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(depths, [picture, picture[::-1], picture]))
-    assert (found[0] == drawn(TorchBackend(), folder, picture)).all()
-    assert (found[0] == found[2]).all()
-    assert (found[0] != found[1]).any()
-
-
 def test_broken_estimators_are_refused_with_a_hint(tmp_path: Path) -> None:
     folder = estimator(tmp_path / "depth")
     weights = folder / "model.safetensors"
@@ -191,6 +161,35 @@ def test_broken_estimators_are_refused_with_a_hint(tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json"):
         depth_graph(folder, SIZE)
+
+
+def test_a_streams_depth_pictures_share_a_range_that_follows_slowly() -> None:
+    class Reading:
+        """An engine that takes one colour for how near all is."""
+
+        def __call__(self, picture: Tensor) -> tuple[Tensor, ...]:
+            return (picture[..., 0].float(),)
+
+    def shades() -> Shades:
+        return Shades(cast(Engine, Reading()))
+
+    slope = np.arange(0, 128, dtype=np.uint8)[None, :, None].repeat(4, 0).repeat(3, 2)
+    hand = slope.copy()
+    hand[:, 100:110] = 250  # near the camera
+    stream, others = shades(), np.r_[0:100, 110:128]
+    first = stream(slope).astype(int)
+    assert (first.min(), first.max()) == (0, 255)
+    second = stream(hand)
+    assert (second[:, 100:110] == 255).all()
+    change = np.abs(second - first)[:, others].max()
+    assert 0 < change <= 255 * 0.1
+    assert np.abs(shades()(hand) - first)[:, others].max() > 4 * change  # as it would be by itself
+    for _ in range(60):
+        last = stream(hand)
+    assert np.abs(last.astype(int) - shades()(hand)).max() <= 1
+    stream.reset()
+    assert (stream(slope) == first).all()
+    assert not shades()(np.full((2, 3, 3), 7, np.uint8)).any()
 
 
 def test_depth_sees_whole_patches_of_about_its_training_size() -> None:

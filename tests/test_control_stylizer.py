@@ -102,13 +102,16 @@ def test_weights_are_live_and_0_is_none(folder: Path, nets: dict[str, Path]) -> 
     assert len(set(steered.values())) == 3
 
 
-def test_bad_settings_are_told_before_the_first_frame(folder: Path, nets: dict[str, Path], tmp_path: Path) -> None:
+def test_bad_settings_are_told_before_the_first_frame(
+    folder: Path, nets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIVESTYLE_MODELS", str(tmp_path / "models"))
     for control, message in [
         ("sketch:1", "no such control"),
         ("canny:3", "weight"),
         (f"canny={tmp_path}", "is no ControlNet"),
         ("canny", "no ControlNet for"),
-        (f"openpose={nets['tile']}", "not built in"),
+        (f"openpose={nets['tile']}", "rtmo-small is not here yet"),
     ]:
         with pytest.raises(UserError, match=message):
             made(folder, params(control)).open(params(control))

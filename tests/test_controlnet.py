@@ -1,11 +1,12 @@
 """ControlNets equal diffusers' own pipelines (≤ 1e-3 in float32), weigh nothing at weight 0, and must fit the model.
 
 With random weights no picture looks like its edges, so that edges follow the source more as the weight rises cannot be
-shown here; that the residuals are those of diffusers at every weight is.
+shown here. That residuals are those of diffusers at every weight is, and that more of a unit is more of a difference.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -36,9 +37,10 @@ from accel.torch_backend import TorchBackend
 from models.control import Picture, control_picture
 from models.controlnet import control_folder, control_graph
 from models.denoise import Conditioning, Prompt, denoise, start
+from models.depth import DISTANCES
 from models.folder import Folder
 from models.networks import graphs
-from models.residuals import Controls, Residuals, guides, residual_specs
+from models.residuals import GUIDE, Controls, Residuals, residual_specs, row_of
 from models.schedule import consistency_schedule
 from models.text_xl import DoubleTextEncoder, size_ids
 from models.unet import Call, Seen
@@ -50,13 +52,6 @@ SIZE = (96, 72)  # width, height: nine rows of latents, so that halves are not w
 TOLERANCE = 1e-3
 PROMPT, NEGATIVE = "oil painting of a rainy city", "ink"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class PooledCall(Call):
-    """A call that has pooled words as well."""
-
-    pooled: Tensor | None = None
 
 
 @dataclass
@@ -99,7 +94,7 @@ class Ours:
         generator = torch.Generator().manual_seed(5)
         shape = self.residuals.inputs[0].shape[2:]
         noises = [torch.randn(1, 4, *shape, generator=generator) for _ in range(steps)]
-        seen = Seen(picture(), guides(units_of(named(control, self.nets)), picture()))
+        seen = Seen(picture(), {GUIDE: units_of(named(control, self.nets))})
         words, negative = self.prompts(PROMPT, NEGATIVE)
         cond = Conditioning(words, negative, guidance=guidance)
         calls = count()
@@ -108,9 +103,8 @@ class Ours:
             step, later = divmod(next(calls), cond.passes)
             pooled = prompt[1] if len(prompt) > 1 else None
             now = torch.tensor([t])
-            call = PooledCall(
-                z.contiguous(), now, prompt[0], range(1), (step,), steps, (seen,), not later, pooled=pooled
-            )
+            row = step + later * steps  # of memory: the passes come one after the other
+            call = Call(z.contiguous(), now, prompt[0], range(row, row + 1), (step,), steps, (seen,), pooled=pooled)
             given = {"z": call.z, "t": call.t, "words": call.words, "pooled": call.pooled, "time_ids": self.time_ids}
             given |= self.controls.inputs(call) if self.steered else {}
             return self.unet(*(given[spec.name] for spec in self.unet.spec.inputs))[0].clone()
@@ -243,6 +237,14 @@ def test_mode_control_leaves_the_unwanted_pass_alone(ours: Ours, guidance: float
     assert ((balanced - control).abs().max() > 10 * TOLERANCE) == differs
 
 
+def test_mode_control_tells_passes_apart_within_one_call() -> None:
+    """As where a stream batch has room for the first step's second pass: rows 0 to n - 1 are the wanted one's."""
+    seen, z = Seen(picture(), {GUIDE: units_of("tile:1!control")}), torch.zeros(3, 4, 9, 12)
+    call = Call(z, torch.zeros(3), torch.zeros(3, 77, 8), range(3), (0, 1, 0), 2, (seen,) * 3)
+    rows = [row_of("tile", 2, call, row, {"tile": torch.zeros(1)}) for row in range(3)]
+    assert [scales for scales, _ in rows] == [[1, 1], [1, 1], [0, 0]]
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_weight_0_is_bit_for_bit_no_controlnet_and_calls_none(
     folder: Path, nets: dict[str, Path], ours: Ours, guidance: float
@@ -255,11 +257,89 @@ def test_weight_0_is_bit_for_bit_no_controlnet_and_calls_none(
     assert not ours.calls
 
 
+MORE = {
+    "weight": ["tile:0", "tile:0.05", "tile:0.1", "tile:0.2", "tile:0.4", "tile:0.7", "tile:1", "tile:1.5", "tile:2"],
+    "end": ["tile@0-0.1", "tile@0-0.25", "tile@0-0.5", "tile@0-0.75", "tile@0-1"],
+    "start": ["tile@0.9-1", "tile@0.75-1", "tile@0.5-1", "tile@0.25-1", "tile@0-1"],
+    "mode": ["tile:0!prompt", "tile:1!prompt", "tile:1"],
+    "units": ["", "tile:0.4", "tile:0.4, canny:0.4"],
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_of_a_unit_is_farther_from_the_picture_without_it(ours: Ours, name: str) -> None:
+    """From exactly none on, and each time by more than would be an error."""
+    bare = ours.latents("", steps=4)
+    far = [float((ours.latents(control, steps=4) - bare).norm() / bare.norm()) for control in MORE[name]]
+    assert far[0] == 0
+    assert all(after > before + 5 * TOLERANCE for before, after in itertools.pairwise(far)), far
+
+
 def test_only_those_that_speak_are_computed(ours: Ours) -> None:
     ours.calls.clear()
     ours.latents("canny@0-0.5, canny:0.3@0.5-1, tile:0.5@0-0.25", steps=4)
     assert ours.calls.count("control-canny") == 4
     assert ours.calls.count("control-tile") == 1
+
+
+def test_a_frames_pictures_are_drawn_once_and_only_what_is_needed(ours: Ours, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def noted(kind: str, image: Picture, **settings: Any) -> Picture:
+        drawn.append(kind)
+        return control_picture(kind, image, **settings)
+
+    monkeypatch.setattr("models.residuals.control_picture", noted)
+    ours.latents("canny@0-0.5, canny:0.3@0.5-1, tile:0, lineart:1", steps=4, guidance=3.0)
+    assert drawn == ["canny"]
+
+
+def test_a_streams_depth_pictures_share_their_range_until_a_cut(folder: Path) -> None:
+    model, latent = Folder(folder), (1, 4, SIZE[1] // 8, SIZE[0] // 8)
+    shown: list[Picture] = []
+    residuals = Residuals(model.config("unet"), latent[2:])
+
+    class Watching:
+        spec = EngineSpec("control-depth", (TensorSpec("z", latent), TensorSpec("picture", (1, 72, 96, 3), "uint8")),
+                          residuals.inputs, "")  # fmt: skip
+
+        def __call__(self, z: Tensor, pictures: Tensor) -> tuple[Tensor, ...]:
+            shown.append(pictures[0].numpy())
+            return tuple(torch.zeros(spec.shape) for spec in residuals.inputs)
+
+    class Reading:
+        spec = EngineSpec(
+            "depth", (TensorSpec("picture", (1, 72, 96, 3), "uint8"),), (TensorSpec("near", (1, 72, 96)),), ""
+        )
+
+        def __call__(self, picture: Tensor) -> tuple[Tensor, ...]:
+            return (picture[..., 0].float(),)
+
+    engines = {"depth": cast(Engine, Watching()), DISTANCES: cast(Engine, Reading())}
+    one, other = (Controls(engines, residuals) for _ in range(2))
+    far = np.linspace(10, 60, SIZE[0])[None, :, None].repeat(SIZE[1], 0).repeat(3, 2).astype(np.uint8)
+    near = far.copy()
+    near[:, 80:] = 250  # somebody comes
+
+    def show(controls: Controls, image: Picture, steps: int = 1) -> Picture:
+        seen = Seen(image, {GUIDE: units_of("depth")})
+        for step in range(steps):
+            words = torch.zeros(1, 77, 32)
+            call = Call(torch.zeros(latent), torch.zeros(1), words, range(step, step + 1), (step,), steps, (seen,))
+            controls.inputs(call)
+        assert all((picture == shown[-1]).all() for picture in shown[-steps:])
+        return shown[-1]
+
+    alone, jumped = show(one, far).astype(int), show(other, near).astype(int)
+    assert (alone.min(), alone.max(), jumped.max()) == (0, 255, 255)
+    assert np.abs(jumped - alone)[:, :80].max() > 150
+    assert np.abs(show(one, near, steps=4) - alone)[:, :80].max() < 80  # one frame's, however many steps it has
+    one.reset(1)  # the cut comes to a later row: it was here before
+    assert (show(one, far) != alone).any()
+    one.reset(0)
+    assert (show(one, far) == alone).all()
+    one.reset()
+    assert (show(one, near) == jumped).all()
 
 
 def test_units_of_one_net_add_up(ours: Ours) -> None:
@@ -272,7 +352,7 @@ def test_rows_keep_their_own_frames_units_and_steps(folder: Path, nets: dict[str
     latent = (1, 4, SIZE[1] // 8, SIZE[0] // 8)
     settings = ["canny:0.5@0-0.4, tile", "canny:1!prompt, tile:0.2", ""]
     frames = tuple(
-        Seen(image, guides(units_of(named(text, nets)), image) if text else {})
+        Seen(image, {GUIDE: units_of(named(text, nets))} if text else {})
         for text, image in zip(settings, (picture(), picture()[::-1], picture()), strict=True)
     )
     generator = torch.Generator().manual_seed(2)
@@ -359,7 +439,7 @@ def test_sums_are_kept_where_the_engines_compute() -> None:
             return tuple(torch.zeros(spec.shape, device="meta") for spec in residuals.inputs)
 
     controls = Controls({"tile": cast(Engine, Elsewhere())}, residuals)
-    seen = Seen(picture(), guides(units_of("tile"), picture()))
+    seen = Seen(picture(), {GUIDE: units_of("tile")})
     call = Call(
         torch.zeros(1, 4, 4, 6, device="meta"), torch.zeros(1), torch.zeros(1, 77, 8), range(1), (0,), 1, (seen,)
     )

@@ -14,7 +14,7 @@ from accel.cuda_backend import CudaBackend
 from accel.engine import EngineSpec, TensorSpec
 from accel.errors import UserError
 from accel.graphs import WARM_UPS, Replay
-from accel.transfer import Download, Upload, device_errors, enqueued, on_lane
+from accel.transfer import Download, Upload, brought, device_errors, enqueued, fetched, frame_stream, handed
 
 CPU = torch.device("cpu")
 SPEC = EngineSpec(
@@ -67,7 +67,8 @@ class Tape:
         if self.fails_at == 0:
             raise self.error
         self._call = call
-        self._outputs = tuple(torch.full_like(o, float("nan")) for o in call())  # nothing before the first replay
+        blank = ((o, float("nan") if o.is_floating_point() else 0) for o in call())  # nothing before the first replay
+        self._outputs = tuple(torch.full_like(o, value) for o, value in blank)
         return self._outputs, self
 
     def replay(self) -> None:
@@ -238,5 +239,12 @@ def test_ring_of_uploads_leaves_the_callers_picture_alone() -> None:
 def test_download_hands_through_what_a_cpu_computed() -> None:
     pending = enqueued((torch.ones(1),), CPU)
     assert Download()(pending) is pending
-    with on_lane("frame", CPU), on_lane("style", CPU):
-        assert pending.done()
+    assert pending.done()
+
+
+def test_on_a_cpu_there_is_one_stream_and_nothing_is_copied() -> None:
+    picture = torch.ones(2, 3)
+    with frame_stream(CPU):
+        assert brought(picture, CPU) is picture
+        assert fetched(picture).wait()[0] is picture
+        assert handed(picture) is picture

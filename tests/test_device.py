@@ -113,6 +113,22 @@ def test_what_widens_the_unet_keeps_its_memory_on_the_device(structure, tmp_path
     through(stylizer, state, params, 1)
 
 
+@pytest.mark.parametrize(
+    "structure", [Structure(), Structure(window=4), Structure(lora_rank=8)], ids=["plain", "window", "slots"]
+)
+def test_frames_of_several_streams_stay_on_the_device(structure, tmp_path, monkeypatch, meta) -> None:
+    stylizer = loaded(monkeypatch, with_adapter(random_folder(tmp_path / "sd", "sd")), meta, structure=structure)
+    stylizer.widen(4)
+    params = [settings(steps=2, guidance=3.0), settings(prompt="ink"), settings(seed_mode="flow")]
+    states = [stylizer.open(one) for one in params]
+    for turn in range(3):
+        for state in states:
+            stylizer.moved(state, torch.zeros(1, 2, 32, 32))
+        frames = [(state, image(turn), one) for state, one in zip(states, params, strict=True)]
+        assert all(launched.done() for launched in stylizer.step_together(frames))
+        assert all(state.latents is not None and state.latents.device == META for state in states)
+
+
 def test_noise_is_the_same_on_every_device(tmp_path, monkeypatch) -> None:
     folder = random_folder(tmp_path / "sd", "sd")
     here = loaded(monkeypatch, folder, TorchBackend())
@@ -137,6 +153,26 @@ def test_engines_that_write_their_outputs_anew_give_the_same_pictures(kind, rows
     assert len(found) == len(wanted) == 5
     for a, b in zip(found, wanted, strict=True):
         assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["ip2p", "xl"])
+def test_so_do_those_that_several_streams_share(kind: str, tmp_path, monkeypatch) -> None:
+    params = [settings(steps=steps, guidance=2.0, seed=steps) for steps in (1, 2, 2)]
+    backend = CudaBackend("cpu", mode=None, record=lambda call, device: Tape()(call, device))
+    stylizer = loaded(monkeypatch, FOLDERS[kind](tmp_path / kind), backend)
+    stylizer.widen(3)
+    states = [[stylizer.open(one) for one in params] for _ in range(2)]
+    for turn in range(2):
+        frames = [
+            [(state, image(10 * n + turn), one) for n, (state, one) in enumerate(zip(mine, params, strict=True))]
+            for mine in states
+        ]
+        wanted = [stylizer.step(*frame).image() for frame in frames[0]]
+        found = [launched.image() for launched in stylizer.step_together(frames[1])]
+        for a, b in zip(found, wanted, strict=True):
+            assert a is not None
+            assert b is not None
+            assert np.abs(a.astype(int) - b).max() <= 1
 
 
 def test_a_verdict_comes_at_once_on_a_cpu_and_with_the_next_question_elsewhere() -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from accel import export
 from accel.engine import EngineSpec, TensorSpec
 from accel.export import OLDER, OPSET, Exported
-from accel.tensorrt_build import NETWORK, Recipe, compile_network
+from accel.refit import laid_out, weight_map
+from accel.tensorrt_compiler import NETWORK, Recipe, compile_network
 from accel.tensorrt_provider import RTX
 from models.folder import Folder
 from models.networks import graphs
@@ -80,15 +81,14 @@ def test_and_for_turing_with_wider_residuals_of_equal_sums(root: Path, unet: Pla
 
 def test_weights_are_found_again_by_their_contents(unet: Plain, root: Path) -> None:
     module = part("unet", root).build().half()
-    found = export.weight_map(unet.folder / NETWORK, module)
+    found = weight_map(unet.folder / NETWORK, module)
     held = onnx_ir.load(unet.folder / NETWORK).graph.initializers
     state = module.state_dict()
-    for name, (parameter, turned) in found.items():
-        weight = state[parameter].t() if turned else state[parameter]
-        assert torch.equal(torch.from_numpy(held[name].const_value.numpy().copy()), weight)
+    for name, origin in found.tensors.items():
+        assert torch.equal(torch.from_numpy(held[name].const_value.numpy().copy()), laid_out(origin, state))
     matrices = {name for name, weight in state.items() if weight.dim() >= 2}
-    assert matrices <= {parameter for parameter, _ in found.values()}
-    assert any(turned for _, turned in found.values())  # the exporter transposes linear layers
+    assert matrices <= {origin.parameter for origin in found.tensors.values()}
+    assert any(origin.turned for origin in found.tensors.values())  # the exporter transposes linear layers
 
 
 def test_the_timestep_is_never_half(unet: Plain) -> None:

@@ -121,7 +121,7 @@ def stream_removed_while_live(server: Serving) -> None:
 
 def settings_that_are_wrong(server: Serving) -> None:
     server.stream("bad", fps=60.0)
-    for changes in ({"style.steps": 99}, {"nothing.such": 1}, {"temporal.flow": "raft-small"}, {"style.prompt": 5}):
+    for changes in ({"style.steps": 99}, {"nothing.such": 1}, {"temporal.flow": "farneback"}, {"style.prompt": 5}):
         assert server.client.patch("/api/v1/streams/bad/params", json=changes).status_code == 422
 
 

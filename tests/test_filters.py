@@ -11,11 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models import filters
 from models.filters import (
+    area_weights,
     blur,
     box,
+    chosen,
     erode,
     grey,
+    halved,
     resize,
     sample,
     to_image,
@@ -130,7 +134,7 @@ class TestWarp:
     def test_whole_pixels_move_as_they_are(self, place: Callable[[Tensor], Tensor]) -> None:
         picture = noise()
         moved = warp(place(picture), place(constant(3, -2)))
-        torch.testing.assert_close(Tensor(moved[..., 2:, :-3]), picture[..., :-2, 3:], rtol=0, atol=2e-6)
+        torch.testing.assert_close(Tensor(moved[..., 2:, :-3]), picture[..., :-2, 3:], rtol=0, atol=5e-6)
 
     @pytest.mark.parametrize("look_up", [sample, warp])
     def test_edges_are_repeated(
@@ -178,6 +182,37 @@ def test_a_cpu_and_any_other_device_agree(operation: Callable[[Tensor, Tensor], 
     assert isinstance(there, Elsewhere)
     assert here.shape == there.shape
     torch.testing.assert_close(here, Tensor(there), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(32, 24), (40, 30), (63, 47), (17, 5), (64, 48), (100, 70), (128, 96)])
+def test_sizes_elsewhere_are_opencvs(size: tuple[int, int]) -> None:
+    torch.testing.assert_close(Tensor(resize(elsewhere(noise()), size)), resize(noise(), size), rtol=0, atol=4e-5)
+
+
+def test_area_weights_share_out_every_pixel() -> None:
+    weights = area_weights(48, 30, torch.device("cpu"))
+    torch.testing.assert_close(weights.sum(1), torch.ones(30))
+    torch.testing.assert_close(weights.sum(0), torch.full((48,), 30 / 48))
+
+
+@pytest.mark.parametrize("size", [(64, 48), (63, 47)])
+def test_pictures_go_to_another_device_and_back_within_rounding(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    here, small = to_picture(image), halved(image)
+    monkeypatch.setattr(filters, "HOSTS", ())
+    torch.testing.assert_close(to_picture(image), here, rtol=0, atol=1e-6)
+    assert (to_image(to_picture(image)) == image).all()
+    assert float((halved(image) - small).abs().max()) <= 0.51 / 255  # OpenCV halves bytes
+
+
+def test_of_two_pictures_one_is_chosen_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = noise(), noise(seed=1)
+    for hosts in (("cpu",), ()):
+        monkeypatch.setattr(filters, "HOSTS", hosts)
+        assert torch.equal(chosen(torch.tensor(True), one, other), one)
+        assert torch.equal(chosen(torch.tensor(False), one, other), other)
 
 
 def test_means_sums_and_least_values_are_what_they_say() -> None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from accel.errors import UserError
-from models.filters import to_picture, to_pixels, to_tensor
-from models.flow import RAFT_FILES, Dis, Raft, Trust, compose, flow_estimator, inside, validity
+from models.filters import inside, to_picture, to_pixels, to_tensor
+from models.flow import Dis, Trust, compose, validity
 from tests.media import SHARED
 from tests.scenes import SIZE, passing, sliding, texture
 
@@ -150,88 +146,3 @@ def test_the_search_is_in_the_league_of_its_published_setting() -> None:
         for search, league in ((Dis(finest=0), 1.0), (Dis(), 1.25)):
             error = np.hypot(*np.moveaxis(to_pixels(search(now, before)) - truth, 2, 0))[known].mean()
             assert error <= league * item["reference_epe_opencv_dis_medium"], item["name"]
-
-
-class FakeRaft(nn.Module):
-    """Answers with a constant flow, a wrong one before it, as RAFT's iterations; remembers what it was given."""
-
-    given: tuple[Tensor, Tensor]
-
-    def __init__(self, weights: object = None) -> None:
-        super().__init__()
-        assert weights is None  # nothing is ever fetched behind the user's back
-        self.flow = nn.Parameter(torch.zeros(2))
-
-    def forward(self, now: Tensor, before: Tensor) -> list[Tensor]:
-        FakeRaft.given = now, before
-        flow = self.flow.view(1, 2, 1, 1).expand(1, 2, *now.shape[2:])
-        return [flow + 100, flow]
-
-
-@pytest.fixture
-def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torchvision with nothing in it but optical flow."""
-    names = ("torchvision", "torchvision.models", "torchvision.models.optical_flow")
-    modules = [types.ModuleType(name) for name in names]
-    vars(modules[0])["models"], vars(modules[1])["optical_flow"] = modules[1:]
-    vars(modules[2]).update(raft_small=FakeRaft, raft_large=FakeRaft)
-    for name, module in zip(names, modules, strict=True):
-        monkeypatch.setitem(sys.modules, name, module)
-
-
-def raft_weights(folder: Path) -> Path:
-    torch.save({"flow": torch.tensor([1.5, -2.5])}, folder / "raft.pth")
-    return folder / "raft.pth"
-
-
-def test_dis_is_found_by_its_name() -> None:
-    assert isinstance(flow_estimator("dis"), Dis)
-
-
-def test_an_unknown_estimator_is_the_users_error_and_the_known_ones_are_named() -> None:
-    with pytest.raises(UserError, match="'farneback'") as caught:
-        flow_estimator("farneback")
-    assert all(name in caught.value.hint for name in ("dis", *RAFT_FILES))
-
-
-@pytest.mark.parametrize("name", RAFT_FILES)
-def test_missing_weights_are_two_lines_with_the_command_that_fetches_them(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(UserError, match=name) as caught:
-        flow_estimator(name)
-    place = tmp_path / "checkpoints" / RAFT_FILES[name]
-    assert "\n" not in str(caught.value)
-    assert "\n" not in caught.value.hint
-    assert str(place) in str(caught.value)
-    assert f"https://download.pytorch.org/models/{RAFT_FILES[name]}" in caught.value.hint
-    assert str(place) in caught.value.hint
-
-
-def test_without_torchvision_the_hint_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(UserError, match="torchvision") as caught:
-        flow_estimator("raft-small", raft_weights(tmp_path))
-    assert "pip install torchvision" in caught.value.hint
-
-
-@pytest.mark.usefixtures("torchvision")
-@pytest.mark.parametrize("size", [SIZE, (250, 133)])
-def test_raft_is_given_what_it_was_trained_on_and_its_last_word_is_taken(size: tuple[int, int], tmp_path: Path) -> None:
-    now, before = (to_picture(texture(seed, size)) for seed in (0, 1))
-    flow = flow_estimator("raft-large", raft_weights(tmp_path))(now, before)
-    torch.testing.assert_close(flow, constant(1.5, -2.5, size))
-    for given, picture in zip(FakeRaft.given, (now, before), strict=True):
-        assert all(side % 8 == 0 and side >= 128 for side in given.shape[2:])
-        torch.testing.assert_close(given[..., : size[1], : size[0]], picture * 2 - 1)
-        assert float(given.min()) >= -1
-        assert float(given.max()) <= 1
-
-
-@pytest.mark.usefixtures("torchvision")
-def test_weights_are_looked_for_where_torchvision_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    raft_weights(tmp_path).rename(tmp_path / "checkpoints" / RAFT_FILES["raft-small"])
-    assert isinstance(flow_estimator("raft-small"), Raft)

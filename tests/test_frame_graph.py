@@ -13,6 +13,7 @@ from accel import select
 from accel.cuda_backend import CudaBackend
 from accel.engine import Backend
 from accel.torch_backend import TorchBackend
+from models import frame_graph as frame_graph_module
 from models import load as loading
 from models.frame_graph import KEPT, SETTLED, FrameGraph, frame_graph
 from models.params import Params
@@ -58,6 +59,34 @@ def test_recorded_frames_are_those_of_the_networks_one_by_one(kind: str, tmp_pat
     assert all(np.array_equal(a, b) for a, b in zip(wanted, pictures, strict=True))
     assert stylizer._frames is not None
     assert len(stylizer._frames._replays) == 1  # seeds, prompts and noise are no other kind of frame
+    assert all(stylizer._frames._replays.values())
+
+
+def test_frames_of_several_streams_are_recorded_as_one(tmp_path, monkeypatch) -> None:
+    """Whatever their prompts, seeds and steps."""
+    monkeypatch.setattr(frame_graph_module, "SETTLED", 2)
+    stylizer = loaded(monkeypatch, random_folder(tmp_path / "ip2p", "ip2p"), taped())
+    stylizer.widen(4)
+    assert stylizer._frames is not None
+    wishes = [settings(seed=1, steps=1), settings(prompt="ink", seed_mode="per-frame"), settings(steps=1, guidance=3.0)]
+    states = [[stylizer.open(params) for params in wishes] for _ in range(2)]
+    for turn in range(3):
+        frames = [
+            [(state, image(10 * turn + n), params) for n, (state, params) in enumerate(zip(mine, wishes, strict=True))]
+            for mine in states
+        ]
+        together = stylizer.step_together(frames[0])
+        pictures = [launched.image() for launched in together]
+        recorded = len(stylizer._frames._replays)
+        for picture, alone in zip(pictures, frames[1], strict=True):
+            wanted = stylizer.step(*alone).image()
+            assert picture is not None
+            assert wanted is not None
+            assert np.abs(picture.astype(int) - wanted).max() <= 1
+        assert (recorded > 0) == (turn > 0)
+    kinds = [len(key) for key in stylizer._frames._replays if isinstance(key, tuple)]
+    assert sorted(kinds) == [1, 1, 1, 3]
+    assert all(stylizer._frames._replays.values())
 
 
 @pytest.mark.parametrize(

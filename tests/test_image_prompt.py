@@ -41,7 +41,7 @@ from accel.openvino_backend import OpenVINOBackend
 from accel.torch_backend import TorchBackend
 from models.denoise import Conditioning, denoise, start
 from models.folder import Folder
-from models.image_prompt import ImagePrompt, Pictures, cross_attentions
+from models.image_prompt import Fade, ImagePrompt, Pictures, cross_attentions
 from models.ip_adapter import Adapter, find_adapter
 from models.networks import Decode, Encode, unet_graph
 from models.picture_encoder import PictureEncoder, Preprocessing, StylePicture, preprocessing, read_picture
@@ -286,6 +286,85 @@ def test_each_row_is_shown_its_own_frames_picture_and_each_pass_its_own_tokens(m
     ]
 
 
+def style(seed: int, scale: float = 0.5) -> StylePicture:
+    words, negative = torch.randn(2, 1, 4, 32, generator=torch.Generator().manual_seed(seed))
+    return StylePicture(words, negative, torch.tensor([scale]))
+
+
+def steps_of(fade: Fade, wanted: StylePicture | None, frames: int, count: int) -> list[StylePicture | None]:
+    return [fade.next(wanted, frames) for _ in range(count)]
+
+
+def equal(one: StylePicture | None, other: StylePicture) -> bool:
+    return one is not None and all(map(torch.equal, one.tensors, other.tensors))
+
+
+def test_a_changed_picture_takes_hold_as_a_prompt_does() -> None:
+    """The ways of both are one: `Transition`, whose first frame is one step on and whose last is the new one alone."""
+    old, new = style(1), style(2, 1.0)
+    fade, way = Fade(), Transition(old.tensors, new.tensors, 4)
+    assert steps_of(fade, old, 4, 2) == [old, old]  # there is nothing to come from, and nowhere to go
+    for frame, shown in enumerate(steps_of(fade, new, 4, 3), 1):
+        assert equal(shown, StylePicture(*way.at(frame)))
+    assert steps_of(fade, new, 4, 2) == [new, new]
+    louder = replace(new, scale=torch.tensor([0.0]))  # a slider alone
+    shown = steps_of(fade, louder, 4, 5)
+    assert [round(float(one.scale), 3) for one in shown if one] == [0.75, 0.5, 0.25, 0, 0]
+    assert all(one and torch.equal(one.words, new.words) for one in shown)
+
+
+def test_without_blend_frames_a_picture_counts_at_once() -> None:
+    old, new, fade = style(1), style(2), Fade()
+    assert [fade.next(wanted, 0) for wanted in (None, old, new, None, None, new)] == [None, old, new, None, None, new]
+
+
+def test_from_no_picture_and_to_none_its_scale_goes(model: Callable[..., Model]) -> None:
+    one, fade = style(1), Fade()
+    shown = [*steps_of(fade, None, 2, 1), *steps_of(fade, one, 2, 3), *steps_of(fade, None, 2, 3)]
+    assert [shown[0], *shown[2:4], *shown[5:]] == [None, one, one, None, None]
+    assert all(equal(shown[i], replace(one, scale=one.scale / 2)) for i in (1, 4))
+
+
+def test_a_picture_that_changes_on_the_way_goes_on_from_there() -> None:
+    old, new, other, fade = style(1), style(2), style(3), Fade()
+    fade.next(old, 4)
+    *_, half = steps_of(fade, new, 4, 2)
+    assert half is not None
+    found = fade.next(other, 4)
+    assert equal(found, StylePicture(*Transition(half.tensors, other.tensors, 4).at(1)))
+    again = replace(other, words=other.words.clone())  # read anew, or found under another name: no other way begins
+    assert steps_of(fade, again, 4, 3)[-1] is again
+
+
+def test_every_frame_of_a_stream_is_one_step_on_however_it_is_called(model: Callable[..., Model]) -> None:
+    """Steps one after the other, guidance's passes too, and a stream batch show each frame the same."""
+    prompt = model("sd", "base").found()
+    frames = [
+        Seen(None, MappingProxyType({"picture": picture, "blend_frames": 3}))
+        for picture in (style(1), style(1), *[style(2)] * 4, *[None] * 4)
+    ]
+
+    def call(rows: range, steps: tuple[int, ...], shown: tuple[Seen, ...]) -> Call:
+        n = len(steps)
+        return Call(torch.zeros(n, 4, 8, 12), torch.zeros(n), torch.zeros(n, 77, 32), rows, steps, 2, shown)
+
+    single, batch = Pictures(ImagePrompt(prompt)), Pictures(ImagePrompt(prompt, 2))
+    apart = []
+    for frame in frames:
+        found = [single.inputs(call(range(row, row + 1), (row % 2,), (frame,))) for row in (0, 1, 2, 3)]  # passes: 2
+        assert torch.equal(found[0]["picture_words"], found[1]["picture_words"])
+        assert all(torch.equal(found[0]["picture_scale"], other["picture_scale"]) for other in found)
+        apart.append(found[0])
+    before = frames[0]
+    for i, frame in enumerate(frames):
+        together = batch.inputs(call(range(2), (0, 1), (frame, before)))
+        for name, tensor in together.items():
+            assert torch.equal(tensor[:1], apart[i][name])
+            assert torch.equal(tensor[1:], apart[max(i - 1, 0)][name])
+        before = frame
+    assert not torch.equal(apart[2]["picture_words"], apart[3]["picture_words"])
+
+
 def test_self_attentions_and_the_names_of_layers_are_left_alone(model: Callable[..., Model]) -> None:
     """Other features replace self-attention's processors, and LoRAs find layers by name."""
     made = model()
@@ -400,6 +479,28 @@ def test_a_picture_is_encoded_once_by_whoever_asks_first(model: Callable[..., Mo
     assert style.scale.tolist() == [0.5]
     assert len(runs) == 2
     assert encoder.shown("", 0.5) is None
+
+
+def test_a_picture_that_has_gone_is_no_hindrance_while_it_is_worn(
+    model: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIVESTYLE_MODELS", str(tmp_path))
+    encoder = PictureEncoder(model().found())
+    file = tmp_path / "pictures" / "style.png"
+    with pytest.raises(UserError, match="no such file"):
+        encoder.embed_file("style.png")
+    file.parent.mkdir()
+    Image.fromarray(painting()).save(file)
+    found = encoder.embed_file("style.png")  # one that has come since is found
+    file.unlink()
+    assert encoder.embed_file("style.png") is found
+    with pytest.raises(UserError, match="no such file"):
+        encoder.embed_file("other.png")
+    Image.fromarray(painting(9)).save(file)
+    assert torch.equal(encoder.embed_file("style.png"), encoder.embed(painting(9)))
+    file.write_bytes(b"none")
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        encoder.embed_file("style.png")
 
 
 def test_what_is_remembered_is_bounded(model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import pytest
 
-from accel.errors import UserError
 from models.flow import Dis
 from models.lane import FrameLane, frame_lane
 from models.params import Temporal
@@ -283,9 +282,9 @@ def test_the_settings_choose_the_parts() -> None:
     assert isinstance(frame_lane(Temporal(), SIZE).guide.estimator, Dis)
 
 
-def test_a_flow_without_its_weights_is_the_users_error(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path_factory.mktemp("hub")))
-    with pytest.raises(UserError, match="raft-small"):
-        frame_lane(Temporal(flow="raft-small"), SIZE)
+def test_a_cut_is_told() -> None:
+    one, told = lane(), []
+    for frame in (*sliding(2), *sliding(2, seed=8), *sliding(2)):
+        one.advance(frame)
+        told.append(one.cut)
+    assert told == [False, False, True, False, True, False]

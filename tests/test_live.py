@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ import pytest
 
 from accel.errors import UserError
 from models.params import Params
+from stream import feed
 from stream.config import patched
 from stream.frame import Frame, VideoSpec
 from stream.hub import Busy, Hub, LiveSettings
 from stream.live import Event, Stream
 from stream.mailbox import Mailbox
 from stream.source import Size, Source, SourceChanged, SourceLost
-from tests.fakes import PATIENCE, SIZE, FakeSink, FakeState, FakeStylizer, picture
+from tests.fakes import PATIENCE, SIZE, FakeSink, FakeSource, FakeState, FakeStylizer, picture
 
 
 class Camera:
@@ -179,7 +181,10 @@ def test_a_camera_of_another_shape_gets_networks_of_its_shape(hub: Hub) -> None:
     assert stream.reconnects == 0
 
 
-def test_settings_change_live_and_a_bad_one_changes_nothing(hub: Hub) -> None:
+def test_settings_change_live_and_a_bad_one_changes_nothing(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIVESTYLE_MODELS", str(tmp_path))
     stream, camera = hub.open("cam"), Camera()
     stream.feed(camera.open, "a camera", retry=True)
     live(stream, camera)
@@ -187,8 +192,8 @@ def test_settings_change_live_and_a_bad_one_changes_nothing(hub: Hub) -> None:
     assert stream._seat.params.style.prompt == "ink"
     with pytest.raises(UserError):
         stream.patch({"style.steps": 99})
-    with pytest.raises(UserError, match="no weights"):
-        stream.patch({"temporal.flow": "raft-small"})
+    with pytest.raises(UserError, match="raft-small is not here yet"):
+        stream.patch({"temporal.flow": "raft"})
     assert stream.params.style.prompt == "ink"
 
 
@@ -224,6 +229,22 @@ def test_a_model_that_always_raises_fails_its_stream_alone_until_something_is_ch
     bad.patch({"style.prompt": "ink"})
     live(bad, one)
     assert bad.phase == "live"
+
+
+def test_a_recording_begins_again_at_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "AGAIN_S", 0.0)
+    opened: list[FakeSource] = []
+
+    def film(size: object, fit: str) -> FakeSource:
+        opened.append(FakeSource(3, before=lambda seq: time.sleep(0.005)))
+        return opened[-1]
+
+    stream = hub.open("film")
+    feeding = stream.feed(film, "a film", retry=True)
+    until(lambda: len(opened) >= 4)
+    assert (stream.reconnects, feeding.lost) == (0, "")
+    assert opened[0].closed
+    stream.unfeed()
 
 
 def test_a_model_that_cannot_be_loaded_is_said_and_the_slate_goes_on(hub: Hub) -> None:

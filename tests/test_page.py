@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwrig
 
 from models.params import Params
 from models.spec import MODELS, style_names
-from stream.server import pages
+from stream.server import api, pages
 from stream.server.errors import Refused, problem
 from stream.server.reach import opener
 from stream.source import open_source
@@ -316,6 +316,28 @@ def test_a_source_by_its_url_is_shown_in_the_style_that_was_chosen(page: Page, s
     expect(page.locator("#stream")).to_have_value("film")
     served.hub.remove("film")
     expect(page.locator("#words")).to_contain_text("press Start")
+
+
+@needs_chromium
+def test_a_model_is_chosen_where_there_are_several(
+    page: Page, served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"name": name, "ready": True, "styles": []} for name in ("mini", "sd15-lcm")]
+    monkeypatch.setattr(api, "available", lambda: rows)
+    stream = served.hub.open("both")
+    try:
+        stream.feed(opener("demo"), "demo", retry=True)
+        page.goto(f"{served.url}/?stream=both")
+        page.locator(LIVE).wait_for()
+        expect(page.get_by_label("Model", exact=True)).to_have_value("mini")
+        page.get_by_label("Model", exact=True).select_option("sd15-lcm")
+        becomes(page, lambda: stream.model == "sd15-lcm")
+        expect(page.locator("#set-style-steps")).to_have_value("4")
+        page.locator(LIVE).wait_for()
+        stream.swap("mini")
+        expect(page.get_by_label("Model", exact=True)).to_have_value("mini")
+    finally:
+        served.hub.remove("both")
 
 
 @needs_chromium

@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 from accel.errors import UserError
+from stream import hardware
 from stream.frame import Frame, VideoSpec
 from stream.sink import check_sink, open_sink
 from stream.sinks import publish
@@ -176,6 +177,21 @@ def test_pictures_and_sound_arrive_and_a_server_that_was_away_is_found_again(
     assert sink.state == "closed"
     assert sink.process
     assert sink.process.poll() is not None
+
+
+def test_a_card_that_has_no_session_left_stops_no_broadcast(
+    receive: Callable[[str], Receiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(hardware._chosen, "encoder", "nvenc")
+    url = f"rtmp://127.0.0.1:{free_port()}/live/key"
+    server = receive(url)
+    sink = PublishSink(url, spec(), delays=soon)
+    camera = Camera(sink)
+    try:
+        assert server.until(near(RED))["key"]
+    finally:
+        camera.stop()
+        sink.close()
 
 
 def test_a_first_connection_that_is_refused_is_two_lines_without_the_key() -> None:

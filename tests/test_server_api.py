@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stream.server import api
 from stream.server.settings import ServerSettings
 from tests.fakes import SIZE
 from tests.serving import eventually, serving
@@ -77,6 +78,29 @@ def test_more_streams_than_there_may_be_are_to_come_back_later(tmp_path: Path) -
         full = s.client.post("/api/v1/streams", json={"name": "two"})
         refused(full, 503)
         assert int(full.headers["retry-after"]) > 0
+
+
+def test_a_stream_takes_another_model_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"name": name, "ready": name != "far"} for name in ("mini", "sd15-lcm", "far")]
+    monkeypatch.setattr(api, "available", lambda: rows)
+    with serving(tmp_path) as s:
+        stream, path = s.stream(), "/api/v1/streams/cam/model"
+        assert (stream.model, stream.params.style.steps) == ("mini", 1)
+        told = s.hub.events.subscribe(64)
+        swapped = s.client.put(path, json={"model": "sd15-lcm"})
+        assert swapped.status_code == 202
+        assert swapped.json()["model"] == "sd15-lcm"
+        assert swapped.json()["params"]["style.steps"] == 4  # as that one is best run
+        assert any(event.kind == "params" and "sd15-lcm" in event.text for event in iter(told.poll, None))
+        shown = stream.meter.frames_out
+        eventually(lambda: stream.meter.frames_out > shown)
+        assert stream.phase == "live"
+        refused(s.client.put(path, json={"model": "none-such"}), 422, "none-such")
+        refused(s.client.put(path, json={"model": "/etc/passwd"}), 422, "no such model")
+        refused(s.client.put(path, json={"model": "far"}), 422, "livestyle fetch far")
+        refused(s.client.put("/api/v1/streams/other/model", json={"model": "mini"}), 404)
+        assert stream.model == "sd15-lcm"
+        assert s.client.put(path, json={"model": "mini"}).json()["params"]["style.steps"] == 1
 
 
 def test_what_is_not_json_or_not_there_is_refused_in_the_same_form(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import httpx
@@ -38,6 +39,7 @@ from models.params import Params
 from stream.server.config import load_server_settings
 from stream.server.serve import serve
 from pathlib import Path
+from typing import Any
 try:
     sys.exit(serve(load_server_settings(Path(sys.argv[1])), Params(), say=lambda text: print(text, flush=True)))
 except UserError as error:
@@ -206,6 +208,23 @@ def test_what_the_user_can_mend_is_said_before_anything_starts(tmp_path: Path) -
         serve(ServerSettings(port=0, tls_cert=tmp_path / "none.pem", tls_key=tmp_path / "key.pem"), Params())
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"live": {"model": "nope"}}, "no such model: nope"),
+        ({"live": {"engine": "nope"}}, "unknown engine: nope"),
+        ({"live": {"encoder": "x265"}}, "no such encoder: x265"),
+        ({"live": {"decode": "magic"}}, "no such decoder: magic"),
+        ({"streams": {"a": "gopher://x"}}, "no source of kind gopher"),
+        ({"streams": {"a": "missing.mp4"}}, "stream a: no such file"),
+        ({"recordings": Path(__file__)}, "is not a folder"),
+    ],
+)
+def test_what_would_only_show_when_somebody_comes_is_said_at_once(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        serve(ServerSettings(port=0, **settings), Params())
+
+
 def test_settings_come_from_the_file_and_from_flags(tmp_path: Path) -> None:
     path = tmp_path / "show.toml"
     path.write_text('[style]\nprompt = "ink"\n[server]\nport = 9000\n[server.tokens]\nview = "see"\n')
@@ -232,6 +251,7 @@ def test_settings_come_from_the_file_and_from_flags(tmp_path: Path) -> None:
         ("[server]\nport = 99999", ("server.port",)),
         ("[server]\ntls_cert = 'x'", ("tls_key",)),
         ("[server]\nudp_ports = [9, 8]", ("udp_ports",)),
+        ("[server]\npublic_ip = 'secret-words'", ("public_ip is an address",)),
         ("server = 3", ("table",)),
         ("[server", ("TOML",)),
     ],

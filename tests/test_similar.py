@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from models.params import Params, Style, Temporal
 from models.similar import MOST, Similar, likeness, patches
 from stream.clocks import Clocks, StyleLane
-from tests.fakes import FakeStylizer
+from tests.fakes import FakeStylizer, turned
 from tests.media import CLIPS
 from tests.scenes import passing, texture
 
@@ -159,7 +159,7 @@ def turns(params: Params, frames: list[Image], style: StyleLane, clocks: Clocks,
     """What is shown for frames in turn, each key awaited."""
     shown = []
     for frame in frames:
-        shown.append(clocks.turn(state, frame, params).image)
+        shown.append(turned(clocks, state, frame, params).image)
         if clocks._under_way:
             clocks._under_way.result()
     return shown

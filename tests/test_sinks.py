@@ -170,8 +170,9 @@ from accel.errors import UserError
 from tests.media import moving
 import numpy as np
 how, out = sys.argv[1:]
-if how == "full":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, 600_000))
+if how in ("full", "no room"):
+    room = 600_000 if how == "full" else 50
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 sink = open_sink(out, VideoSpec(192, 128, fps=30, live=False))
 rng = np.random.default_rng(0)
 noise = rng.integers(0, 256, (128, 192, 3), np.uint8)
@@ -212,6 +213,13 @@ def test_a_full_disk_is_two_lines_and_leaves_a_playable_file(tmp_path: Path, nam
     assert done.stderr == ""
     assert (tmp_path / name).stat().st_size <= 600_000
     assert len(read_back(tmp_path / name).pts) >= 20
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.mov", "out.mkv"])
+def test_a_disk_without_any_room_is_two_lines(tmp_path: Path, name: str) -> None:
+    done = child("no room", tmp_path / name)
+    assert (done.returncode, done.stderr) == (2, "")  # FFmpeg's muxer does not survive another packet
+    assert "cannot go on writing" in done.stdout
 
 
 def test_a_disk_that_fills_while_closing_leaves_a_playable_file(

@@ -17,7 +17,7 @@ from accel.engine import EngineSpec, TensorSpec
 from accel.errors import UserError
 from accel.openvino_backend import OpenVINOBackend
 from accel.torch_backend import TorchBackend
-from models.adapters import Kept, Loras, dressed, merge_lora
+from models.adapters import Loras, dressed, merge_lora
 from models.denoise import Conditioning, denoise, start
 from models.folder import Folder
 from models.lora import Update, fitted, read_lora
@@ -293,16 +293,25 @@ def test_files_are_read_once_and_no_one_waits_for_what_is_there(
     assert [path.stem for path in reads] == ["ink", "oil"]
 
 
-def test_what_was_not_asked_for_lately_is_forgotten_but_never_the_newest() -> None:
-    kept: Kept[str, int] = Kept(10, float)
-    made: list[str] = []
-
-    def ask(key: str, size: int) -> None:
-        kept.get(key, lambda: made.append(key) or size)  # type: ignore[func-returns-value]
-
-    for key, size in [("a", 5), ("b", 5), ("a", 5), ("c", 4), ("a", 5), ("b", 5), ("huge", 99), ("huge", 99), ("a", 5)]:
-        ask(key, size)
-    assert made == ["a", "b", "c", "b", "huge", "a"]
+def test_a_file_that_has_gone_is_no_hindrance_while_it_is_worn(folder: Folder, loras_folder: Path) -> None:
+    file = loras_folder / "ink.safetensors"
+    save_file(lora(folder.unet(), INSIDE), file)
+    loras, worn = readers(folder, Slots(folder.config("unet"), 8)), lora_set("ink:0.5")
+    assert (rank_of(worn), beyond_attention(worn)) == (8, False)
+    before = loras.tensors(worn)
+    file.unlink()
+    assert lora_set("ink:0.5") == worn
+    assert (rank_of(worn), beyond_attention(worn)) == (8, False)
+    assert loras.tensors(lora_set("ink:0.5")) is before
+    assert torch.equal(loras.tensors(lora_set("ink:1"))["lora"].abs() > 0, before["lora"].abs() > 0)  # a slider
+    with pytest.raises(UserError, match="no such LoRA: oil"):
+        lora_set("ink:0.5, oil")
+    with pytest.raises(
+        UserError, match=r"cannot read .*ink\.safetensors"
+    ):  # nothing of it is in another model's memory
+        readers(folder, Slots(folder.config("unet"), 8)).tensors(worn)
+    save_file(lora(folder.unet(), OUTSIDE, rank=12), file)  # another one under its name
+    assert (rank_of(worn), beyond_attention(worn)) == (16, True)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +332,7 @@ def test_loras_are_named_with_their_scales(tmp_path: Path, text: str, wanted: li
     paths = {name: tmp_path / at / f"{name}.safetensors" for name, at in files.items()}
     for path in paths.values():
         path.touch()
-    assert [(path.resolve(), scale) for path, scale in lora_set(text)] == [
+    assert [(path.resolve(), scale) for path, _, scale in lora_set(text)] == [
         (paths[name], scale) for name, scale in wanted
     ]
 
@@ -411,6 +420,7 @@ def test_loras_that_do_not_fit_are_refused_before_a_frame_wears_them(folder: Fol
     assert "style.lora_rank=8" in caught.value.hint
     assert without.tensors(()) == without.tensors(lora_set("text")) == {}
     assert without.reader(lora_set("text")) is not without.reader(())
+    ink = lora_set("ink")
     (loras_folder / "ink.safetensors").unlink()
     with pytest.raises(UserError, match="cannot read"):
-        readers(folder, None).tensors(((loras_folder / "ink.safetensors", 1.0),))
+        readers(folder, None).tensors(ink)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from accel.errors import UserError
-from models.addons import ADDONS, CONTROLS, AddOn, addon, addons, family_of
+from models.addons import ADDONS, AddOn, addon, addons, family_of
 from models.rows import models_root
 from models.spec import MODELS, ModelSpec, available
+from models.units import KINDS
 
 FETCHED = [spec for spec in MODELS.values() if spec.sources]
 
@@ -79,7 +80,8 @@ def test_turbo_models_know_four_noise_levels_and_their_own_samplers() -> None:
 def test_every_add_on_is_one_folder_that_loaders_read(row: AddOn) -> None:
     targets = [f"{source.part}/{file}" for source in row.sources for file in source.files]
     assert len({Path(target).name for target in targets} - {"config.json", "model.safetensors"}) >= len(targets) - 3
-    assert sum(Path(target).suffix in (".safetensors", ".bin") for target in targets) == 1 + (row.kind == "picture")
+    weights = [target for target in targets if Path(target).suffix in (".safetensors", ".bin", ".onnx", ".pth")]
+    assert len(weights) == 1 + (row.kind == "picture")
     assert row.name not in MODELS
     assert row.licence
     assert row.megabytes > 0
@@ -95,7 +97,7 @@ def test_add_ons_are_listed_apart_with_their_commands(tmp_path: Path, monkeypatc
     assert caught.value.hint == "`livestyle fetch controlnet-sd15-canny`"
     with pytest.raises(UserError, match=r"ip-adapter-sdxl is not here yet \(3.2 GB\)"):
         addon("picture", family_of({"cross_attention_dim": 2048}))
-    for kind in ("safety", "distances"):
+    for kind in ("safety", "distances", "bodies"):
         with pytest.raises(UserError, match="not here yet"):
             addon(kind)
 
@@ -111,4 +113,4 @@ def test_where_no_add_on_is_known_one_may_be_named(tmp_path: Path, monkeypatch: 
 
 
 def test_every_control_that_pictures_are_drawn_for_has_a_control_net() -> None:
-    assert {*CONTROLS} == {"canny", "lineart", "softedge", "depth", "openpose", "tile"}
+    assert {row.kind for row in ADDONS.values() if row.name.startswith("controlnet-")} == {*KINDS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from stream.clocks import Clocks, StyleLane
 from stream.config import patched
 from stream.pump import start_pump
 from stream.worker import Worker
-from tests.fakes import PATIENCE, FakeLaunched, FakeSink, FakeSource, FakeStylizer
+from tests.fakes import PATIENCE, FakeLaunched, FakeSink, FakeSource, FakeStylizer, turned
 from tests.folders import random_folder
 from tests.scenes import sliding
 
@@ -135,7 +136,47 @@ def test_under_a_frame_lane_no_frame_waits_for_the_batch(mode: str) -> None:
     height, width = frames[0].shape[:2]
     clocks = Clocks(StyleLane(Delayed((width, height))), live=True, period_ms=1e9)
     state = clocks.style.stylizer.open(params)
-    turns = [clocks.turn(state, frame, params) for frame in frames]
+    turns = [turned(clocks, state, frame, params) for frame in frames]
     assert all(turn.image is not None and turn.ago == 0 for turn in turns)
     assert clocks.rest(state) == []
     clocks.style.close()
+
+
+@pytest.mark.parametrize("extra", [{}, {"temporal__bank": 1}], ids=["plain", "with a bank"])
+def test_onetime_negative_takes_one_call_a_frame_where_it_was_asked_for_at_the_start(
+    tmp_path: Path, extra: dict[str, Any]
+) -> None:
+    """Its second pass, of the first step alone, has a row of its own; other guidance goes on as before."""
+    folder = random_folder(tmp_path / "model", "sd")
+    told: dict[str, Any] = {"style__guidance": 2.0, "style__guidance_mode": "onetime-negative", "style__delta": 0.8}
+    full = {"style__guidance": 2.0, "style__negative": "ink"}
+    one = load(
+        str(folder), SIZE, engine="torch", structure=structure_of(settings(temporal__stream_batch=False, **extra))
+    )
+    many = load(str(folder), SIZE, engine="torch", structure=structure_of(settings(**told, **extra)))
+    assert many.networks.unet.spec.inputs[1].shape == (STEPS + 1,)
+    assert many.delay == STEPS - 1
+    plain = structure_of(settings(**extra))
+    assert structure_of(settings(**told, **extra)).covers(plain)
+    assert plain.covers(structure_of(settings(**told, **extra)))  # in two calls
+    calls: list[int] = []
+    unet = many.networks.unet
+
+    class Counted:
+        spec, launch = unet.spec, unet.launch
+
+        def __call__(self, *tensors: Any) -> Any:
+            calls.append(len(tensors[0]))
+            return unet(*tensors)
+
+    many.networks = replace(many.networks, unet=Counted())
+    changes = [told] * 5 + [{}] * 3 + [full] * 5
+    script = [(image, settings(**change, **extra), False) for image, change in zip(clip(13), changes, strict=True)]
+    sequential = [(image, patched(params, {"temporal.stream_batch": False}), cut) for image, params, cut in script]
+    state, made = many.open(script[0][1]), []
+    for image, params, _ in script[:5]:
+        made.append(many.step(state, image, params).image())
+    assert calls == [STEPS + 1] * 5
+    many.drain(state)
+    wanted, found = play(one, sequential), play(many, script)
+    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(wanted, found, strict=True)) <= 1

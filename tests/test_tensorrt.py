@@ -19,12 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from accel import cache, select, tensorrt_backend, tensorrt_build, tensorrt_provider
+from accel import cache, select, tensorrt_backend, tensorrt_compiler, tensorrt_engine, tensorrt_provider
 from accel.engine import EngineSpec, TensorSpec
 from accel.errors import UserError
 from accel.hold import hold, is_held
-from accel.tensorrt_backend import Scratch, TensorRTEngine
-from accel.tensorrt_build import NETWORK, Recipe, TensorRTBuilder, alone
+from accel.tensorrt_build import TensorRTBuilder, alone
+from accel.tensorrt_compiler import NETWORK, Recipe
+from accel.tensorrt_engine import Scratch, TensorRTEngine
 from accel.tensorrt_jit import Kernels
 from accel.tensorrt_provider import RTX, TENSORRT, Provider, lack, provider_for, sm_of, tried
 from tests.fakes import PATIENCE
@@ -222,10 +223,10 @@ def test_prune_keeps_what_another_process_uses_until_that_ends(stored: Path, tmp
 SLEEPING = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put into the background
-from accel import tensorrt_build
+from accel import export, tensorrt_compiler
 ASLEEP = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'asleep').touch(); time.sleep(600)"
-tensorrt_build.command = lambda recipe, folder: [sys.executable, "-c", ASLEEP, str(folder)]
-tensorrt_build.export.export = lambda *given, wide: None
+tensorrt_compiler.command = lambda recipe, folder: [sys.executable, "-c", ASLEEP, str(folder)]
+export.export = lambda *given, **more: None
 """
 
 
@@ -268,8 +269,8 @@ def test_the_compiler_ends_with_the_process_that_wanted_it() -> None:
 
 def answering(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Put this in the compiler's place; what it would read is not written."""
-    monkeypatch.setattr(tensorrt_build, "command", lambda recipe, folder: [sys.executable, "-c", code])
-    monkeypatch.setattr("accel.export.export", lambda *given, wide: None)
+    monkeypatch.setattr(tensorrt_compiler, "command", lambda recipe, folder: [sys.executable, "-c", code])
+    monkeypatch.setattr("accel.export.export", lambda *given, **more: None)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,7 @@ def test_a_build_that_fails_is_the_users_error_and_leaves_nothing(
 def test_what_is_refused_with_attention_is_tried_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[int] = []
     answering(monkeypatch, "import json; print(json.dumps({'refused': 'Attention'}))")
-    monkeypatch.setattr("accel.export.export", lambda net, spec, path, opset, half, wide: seen.append(opset))
+    monkeypatch.setattr("accel.export.export", lambda net, spec, path, opset, half, **more: seen.append(opset))
     with pytest.raises(UserError, match="refuses the network"):
         TensorRTBuilder("sm_89").load(Net, SPEC, tmp_path)
     assert seen == [23, 21]
@@ -481,7 +482,7 @@ Trt = type("Trt", (), {"ExecutionContextAllocationStrategy": type("S", (), {"USE
 
 @pytest.fixture
 def scratch(monkeypatch: pytest.MonkeyPatch) -> Scratch:
-    monkeypatch.setattr(tensorrt_backend, "ALIGNED", 1)  # on a CPU tensors are aligned to 64 bytes
+    monkeypatch.setattr(tensorrt_engine, "ALIGNED", 1)  # on a CPU tensors are aligned to 64 bytes
     return Scratch(torch.device("cpu"))
 
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 from accel.errors import UserError
 from models.folder import Folder
 from models.inversion import expanded, teach
-from models.text import KEPT, Remembered, TextEncoder
+from models.text import TextEncoder
 from models.text_xl import DoubleTextEncoder
 from tests.folders import random_folder, random_xl_folder, tokenizer
 
@@ -108,21 +108,6 @@ class TestThreads:
         assert not any(cut.result() for cut in cuts)
         for prompt, tensor in zip(prompts, found, strict=False):
             assert torch.equal(tensor, second.embed(prompt))
-
-    def test_what_fails_is_not_remembered_and_lets_others_go_on(self) -> None:
-        shelf: Remembered[int] = Remembered()
-
-        def fails() -> int:
-            raise UserError("no")
-
-        with pytest.raises(UserError):
-            shelf.once("a", fails)
-        assert shelf.once("a", lambda: 1) == 1
-        assert shelf.once("b", lambda: shelf.once("a", fails) + 1) == 2
-        for i in range(2 * KEPT):
-            shelf.once(i, lambda: 0)
-        assert len(shelf) == KEPT
-        assert shelf.known("a") is None
 
 
 def vectors(count: int, width: int = 32) -> Tensor:

@@ -78,7 +78,7 @@ def test_hostile_text_takes_no_time(text: str) -> None:
 
 
 def test_the_kinds_are_those_that_can_be_drawn() -> None:
-    assert set(KINDS) == set(CONTROLS)
+    assert set(KINDS) == {*CONTROLS, "depth"}
 
 
 def test_only_kinds_and_folders_decide_which_networks_are_needed() -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -353,10 +354,23 @@ def test_an_add_on_is_fetched_into_a_folder_of_its_own(name: str) -> None:
     assert not list(folder.glob("*.bin"))
 
 
-def test_an_image_encoder_with_another_digest_is_refused() -> None:
-    row = ADDONS["ip-adapter-sd15"]
+@pytest.mark.parametrize("name", ["ip-adapter-sd15", "rtmo-small"])
+def test_an_add_on_with_another_digest_is_refused(name: str) -> None:
+    row = ADDONS[name]
     with FakeHub(small_add_on(row)) as hub, pytest.raises(UserError, match="SHA-256 is not the published one"):
         fetch(row.name, endpoint=hub.url)
+
+
+def test_a_network_in_onnx_is_fetched_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ADDONS["rtmo-small"]
+    (source,) = row.sources
+    monkeypatch.setitem(ADDONS, row.name, replace(row, sources=(replace(source, sha256=()),)))
+    files = small_add_on(row)
+    with FakeHub(files) as hub:
+        folder = fetch(row.name, endpoint=hub.url)
+    assert folder == addon("bodies")
+    assert (folder / "model.onnx").read_bytes() == files["Xenova/RTMO-s", "onnx/model.onnx"]
+    assert (folder / "model.onnx").stat().st_nlink == 2  # not twice on the disk
 
 
 def test_a_pickle_that_holds_more_than_tensors_is_not_run(tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ class NewStream(_Body):
     params: Annotated[dict[str, Value], Field(description="settings by their dotted names")] = {}
 
 
+class Chosen(_Body):
+    """A model."""
+
+    model: Annotated[str, Field(max_length=1000, description="see /api/v1/models")]
+
+
 class Address(_Body):
     """A source or an output."""
 
@@ -152,11 +158,7 @@ def _streams(hub: Hub, guard: Guard, reach: Reach) -> APIRouter:
         if hub.get(new.name):
             raise _exists(new.name)
         if new.model is not None:
-            ready = {row["name"]: row["ready"] for row in available()}
-            if new.model not in ready:
-                raise Refused(422, f"no such model: {new.model}", "GET /api/v1/models lists them")
-            if not ready[new.model]:
-                raise Refused(422, f"{new.model} is not here yet", f"on the server: livestyle fetch {new.model}")
+            _check_model(hub, new.model)
         _check_files(new.params)
         model = hub.settings.model if new.model is None else new.model
         params = patched(moved(hub.settings.params, hub.settings.model, model), new.params)
@@ -189,6 +191,18 @@ def _streams(hub: Hub, guard: Guard, reach: Reach) -> APIRouter:
         _check_files(changes)
         params = await asyncio.to_thread(known(hub, name).patch, changes)
         return flatten(params.model_dump())
+
+    @routes.put("/streams/{name}/model", dependencies=controlling, status_code=202, responses=unknown)
+    async def set_model(name: Name, chosen: Chosen) -> dict[str, Any]:
+        """Another model from as soon as it is loaded; the present one goes on until then, or if that fails.
+
+        Settings that nobody has touched become those that the new one is best run with.
+        """
+        stream = known(hub, name)
+        _check_model(hub, chosen.model)
+        if chosen.model != stream.model:
+            await asyncio.to_thread(stream.swap, chosen.model)
+        return stream.status()
 
     @routes.put("/streams/{name}/source", dependencies=controlling, status_code=202, responses=unknown)
     async def set_source(name: Name, address: Address) -> dict[str, Any]:
@@ -282,6 +296,15 @@ def version() -> str:
         return metadata.version("livestyle")
     except metadata.PackageNotFoundError:
         return "0.0.0"
+
+
+def _check_model(hub: Hub, model: str) -> None:
+    """Raise Refused for what is not on the list of models; the server's own may be a folder."""
+    ready = {row["name"]: row["ready"] for row in available()} | {hub.settings.model: True}
+    if model not in ready:
+        raise Refused(422, f"no such model: {model[:100]}", "GET /api/v1/models lists them")
+    if not ready[model]:
+        raise Refused(422, f"{model} is not here yet", f"on the server: livestyle fetch {model}")
 
 
 def _check_files(changes: dict[str, Value]) -> None:

@@ -106,6 +106,8 @@ def ice_server_of(text: str) -> dict[str, Any]:
     if not colon or scheme not in ("stun", "stuns", "turn", "turns"):
         raise UserError("an ICE server is stun:HOST or turn:USER:PASSWORD@HOST", hint="for example stun:stun.lan:3478")
     secrets, at, address = rest.rpartition("@")
+    if not address:
+        raise UserError(f"no host in that {scheme} server", hint=f"for example {scheme}:{scheme}.lan:3478")
     user, _, password = secrets.partition(":")
     return {"urls": [f"{scheme}:{address}"], **({"username": user, "credential": password} if at else {})}
 
@@ -135,7 +137,8 @@ def _mistake(error: ValidationError) -> UserError:
         close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"the settings are: {', '.join(known)}"
         return UserError(f"unknown setting: {name}", hint=hint)
-    return UserError(f"{name}: {first['msg']}", hint="see the settings of [server] in the documentation")
+    said = first["msg"].removeprefix("Value error, ")
+    return UserError(f"{name}: {said}", hint="see the settings of [server] in the documentation")
 
 
 def _section(path: Sequence[str]) -> type[BaseModel]:

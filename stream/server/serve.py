@@ -25,11 +25,12 @@ from pydantic import SecretStr
 
 from accel.errors import UserError
 from models.params import Params
-from stream import osc
+from stream import hardware, osc
 from stream.hub import Hub, LiveSettings
 from stream.server.app import create_app
 from stream.server.reach import opener
 from stream.server.settings import SCOPES, ServerSettings, is_loopback
+from stream.source import scheme_of
 from stream.sources.network import public
 
 log = logging.getLogger(__name__)
@@ -49,9 +50,10 @@ def serve(settings: ServerSettings, params: Params, *, browser: bool = False, sa
     """
     settings, made = with_tokens(settings)
     live = settings.live
+    _check(settings)
     with listening(settings) as sock:
         settings = settings.model_copy(update={"port": sock.getsockname()[1]})
-        hub = Hub(LiveSettings(live.model, live.engine, live.box, params, live.max_streams, live.stall_s))
+        hub = Hub(LiveSettings(live.model, live.engine, live.box, params, live.max_streams, live.stall_s, live.batch))
         try:
             app = create_app(hub, settings)
             app.state.urls = addresses(settings)
@@ -61,6 +63,24 @@ def serve(settings: ServerSettings, params: Params, *, browser: bool = False, sa
         finally:
             hub.close()
     return 0
+
+
+def _check(settings: ServerSettings) -> None:
+    """Raise UserError for what could not work, where it would only show once somebody comes."""
+    from accel.select import choose
+    from models.weights import found
+
+    live = settings.live
+    hardware.choose(live.decode, live.encoder)
+    found(live.model)
+    if live.engine != "auto":
+        choose(live.engine)
+    for name, url in settings.streams.items():
+        source = url.get_secret_value()
+        if scheme_of(source) == "file" and not Path(source.removeprefix("file://")).exists():
+            raise UserError(f"stream {name}: no such file: {source}", hint="check the path")
+    if settings.recordings.exists() and not settings.recordings.is_dir():
+        raise UserError(f"{settings.recordings} is not a folder", hint="--recordings FOLDER is where recordings go")
 
 
 class Server(uvicorn.Server):

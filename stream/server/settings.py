@@ -42,8 +42,13 @@ class Live(_Section):
 
     model: str = "mini"
     engine: str = "auto"
+    decode: Annotated[str, Field(description="auto, software, or a device such as cuda")] = "auto"
+    encoder: Annotated[str, Field(description="of H.264: auto, x264 or nvenc")] = "auto"
     box: Annotated[tuple[int, int], Field(description="width, height that pictures are fitted into")] = (512, 288)
     max_streams: Annotated[int, Field(ge=1, le=256)] = 8
+    batch: Annotated[
+        int | None, Field(ge=1, le=16, description="streams whose frames share a launch; by default 4 on a GPU, else 1")
+    ] = None
     stall_s: Annotated[float, Field(gt=0, le=600, description="a source silent for so long is stalled")] = 3.0
 
 
@@ -93,6 +98,11 @@ class ServerSettings(_Section):
             raise ValueError("tls_cert and tls_key go together")
         if self.udp_ports and not 1024 <= self.udp_ports[0] <= self.udp_ports[1] <= 65535:
             raise ValueError("udp_ports is first and last, 1024 to 65535")
+        if self.public_ip:
+            try:
+                ipaddress.ip_address(self.public_ip)
+            except ValueError:
+                raise ValueError("public_ip is an address such as 203.0.113.9, not a name") from None
         return self
 
     @property

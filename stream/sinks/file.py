@@ -10,10 +10,12 @@ from typing import cast
 import av
 import numpy as np
 from av.container import OutputContainer
+from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from accel.errors import UserError
+from stream import hardware
 from stream.frame import Frame, VideoSpec, to_ticks
 from stream.sinks.audio import AudioCopy, SoundTrack
 from stream.sinks.disk import Disk
@@ -89,8 +91,10 @@ class FileSink:
             raise UserError(
                 f"cannot write {path}: {(error.strerror or '').lower()}", hint="choose another place"
             ) from None
-        self._output: OutputContainer = av.open(self._disk, "w", format=muxer, container_options=options | _PROMPT)
-        self._stream = self._video(codec, crf)
+        self._crf = crf
+        self._on_card = codec == "h264" and hardware.uses_nvenc((spec.width & ~1, spec.height & ~1))
+        self._begin(muxer, options | _PROMPT)
+        self._encoder: VideoStream | VideoCodecContext = self._stream
         self._audio = AudioCopy(spec.audio, self._output, self.warnings) if spec.audio else None
         self._track: SoundTrack | None = None
         self._open = True
@@ -111,7 +115,7 @@ class FileSink:
         picture = self._pixels(frame.image)
         picture.pts, picture.time_base = pts, self._tick
         try:
-            self._output.mux(self._stream.encode(picture))
+            self._output.mux(self._encoded(picture))
             if self._audio:
                 self._audio.copy(self._output, float(pts * self._tick), float(self._shift * self._tick))
             if self._track:
@@ -127,8 +131,8 @@ class FileSink:
             return
         self._open = False
         try:
-            if self.written:
-                self._output.mux(self._stream.encode(None))
+            if self.written and self._disk.failure is None:  # a muxer that could not write must get no more packets
+                self._output.mux(self._encoded(None))
                 self._rest_of_audio()
                 if self._track:
                     self._track.finish(self._output)
@@ -141,28 +145,65 @@ class FileSink:
                 self._audio.close()
             self._disk.close()
 
-    def _video(self, codec: str, crf: int) -> VideoStream:
-        spec, fps = self._spec, Fraction(self._spec.fps).limit_denominator(1001)
-        stream = cast("VideoStream", self._output.add_stream(CODECS[codec], rate=fps))
-        context = stream.codec_context
+    def _begin(self, muxer: str, options: dict[str, str]) -> None:
+        """The container and its track of pictures; without the card where that has no session left."""
+        fps = Fraction(self._spec.fps).limit_denominator(1001)
+        self._output: OutputContainer = av.open(self._disk, "w", format=muxer, container_options=options)
+        codec = hardware.NVENC if self._on_card else CODECS[self._codec]
+        self._stream = cast("VideoStream", self._output.add_stream(codec, rate=fps))
+        self._describe(self._stream.codec_context)
+        if self._on_card:
+            try:
+                self._stream.codec_context.open()
+            except av.FFmpegError as error:
+                hardware.nvenc_failed(error)
+                self._on_card = False
+                self._begin(muxer, options)  # nothing has been written yet
+
+    def _describe(self, context: VideoCodecContext) -> None:
+        spec, crf = self._spec, self._crf
         context.time_base = self._tick
         context.gop_size = max(1, round(spec.fps * KEYFRAME_S))
-        if codec == "ffv1":  # lossless in RGB
+        if self._codec == "ffv1":  # lossless in RGB
             context.width, context.height, context.pix_fmt = spec.width, spec.height, "bgr0"
             context.gop_size = 1
             context.options = {"level": "3", "slicecrc": "1"}
-            return stream
+            return
         # 4:2:0 has one colour sample for two by two pixels; a last odd row or column is cut off
         context.width, context.height, context.pix_fmt = spec.width & ~1, spec.height & ~1, "yuv420p"
         context.color_range = ColorRange.MPEG
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
         context.max_b_frames = 0
-        if codec == "h264":
+        if self._on_card:
+            context.bit_rate, context.options = 0, hardware.file_options(crf)
+        elif self._codec == "h264":
             context.options = {"preset": "veryfast", "crf": str(crf)}
         else:  # MPEG-4 part 2 knows no crf: quantizer 2 (best) to 31
             context.options = {"qmin": "2", "qmax": str(2 + crf * 29 // 51)}
             context.bit_rate = 50_000_000
-        return stream
+
+    def _encoded(self, picture: av.VideoFrame | None) -> list[av.Packet[VideoStream]]:
+        """The packets of a picture; when the card fails, this one and all further ones are x264's."""
+        try:
+            packets = self._encoder.encode(picture)
+        except av.FFmpegError as error:
+            if not self._on_card:
+                raise
+            hardware.nvenc_failed(error)
+            self._on_card = False
+            self._encoder = self._x264()
+            packets = self._encoder.encode(picture)
+        for packet in packets:
+            packet.stream, packet.time_base = self._stream, self._tick
+        return packets
+
+    def _x264(self) -> VideoCodecContext:
+        """An encoder for a track that another began: its parameter sets have their own number, and come in band."""
+        context = av.CodecContext.create("libx264", "w")
+        self._describe(context)
+        context.framerate = Fraction(self._spec.fps).limit_denominator(1001)
+        context.options |= {"x264-params": "sps-id=1"}
+        return context
 
     def _pixels(self, image: np.ndarray) -> av.VideoFrame:
         width, height = self._stream.codec_context.width, self._stream.codec_context.height

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from accel.errors import UserError
+from stream import hardware
 from stream.frame import Frame, VideoSpec
 from stream.mailbox import Mailbox, MailboxClosed
 from stream.sinks.first import FIRST_S, FirstConnection
@@ -76,7 +77,8 @@ class PublishSink:
         self.name = public(url)
         self.process: subprocess.Popen[bytes] | None = None
         program = relay() if url.lower().startswith("srt://") else None
-        self._target = Target(url, spec.width & ~1, spec.height & ~1, spec.fps, program, patience_s)
+        width, height = spec.width & ~1, spec.height & ~1
+        self._target = Target(url, width, height, spec.fps, program, patience_s, hardware.chosen_encoder())
         self._delays, self._patience_s = delays, patience_s
         self._box = Mailbox[Frame](1)
         self._sounds = Mailbox[Sound](SOUNDS)

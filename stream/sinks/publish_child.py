@@ -25,6 +25,8 @@ from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
+from accel.errors import UserError
+from stream import hardware
 from stream.frame import Frame, to_ticks
 from stream.mailbox import Mailbox
 from stream.sinks.audio import SoundTrack
@@ -59,6 +61,7 @@ class Target:
     fps: float
     relay: str | None = None
     patience_s: float = 10.0  # for connecting
+    encoder: str = "auto"
 
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
@@ -110,7 +113,9 @@ class Broadcast:
     def _h264(self) -> VideoStream:
         target = self._target
         fps = Fraction(target.fps).limit_denominator(1001)
-        stream = self._output.add_stream("libx264", rate=fps)
+        on_card = hardware.uses_nvenc((target.width, target.height))  # when it breaks off, so does this process
+        codec = hardware.NVENC if on_card else "libx264"
+        stream = cast("VideoStream", self._output.add_stream(codec, rate=fps))
         context = stream.codec_context
         context.width, context.height, context.pix_fmt = target.width, target.height, "yuv420p"
         context.time_base = TICK
@@ -120,9 +125,11 @@ class Broadcast:
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
         context.bit_rate = max(600_000, round(target.width * target.height * target.fps * BITS_PER_PIXEL))
         rate = str(context.bit_rate)
-        context.options = {
-            "preset": "superfast", "tune": "zerolatency", "forced-idr": "1", "maxrate": rate, "bufsize": rate,
-        }  # fmt: skip
+        context.options = (
+            hardware.live_options(context.bit_rate, context.bit_rate)
+            if on_card
+            else {"preset": "superfast", "tune": "zerolatency", "forced-idr": "1", "maxrate": rate, "bufsize": rate}
+        )
         return stream
 
     def _picture(self, frame: Frame) -> av.VideoFrame:
@@ -192,6 +199,8 @@ def main() -> int:
         return 0
     target = Target(**json.loads(line))
     report("connecting")
+    with suppress(UserError):  # where the card has no session left by now, x264 it is
+        hardware.choose("software", target.encoder)
     # A connection under way holds the interpreter, so that not even the end of the input is noticed; this clock runs
     # outside of it.
     with open(os.devnull, "wb") as nowhere:

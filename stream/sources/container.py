@@ -21,6 +21,7 @@ from accel.errors import UserError
 from stream.frame import Frame, VideoSpec, to_us
 from stream.sound import Sound
 from stream.source import SourceLost
+from stream.sources.decoding import Decoding
 from stream.sources.ear import Ear
 from stream.sources.picture import Picture
 
@@ -77,6 +78,7 @@ class ContainerSource:
             if opening.live and container.streams.audio:
                 self._ear = Ear(container.streams.audio[0], opening.clock)
                 self.has_sound = True
+            self._decoder = Decoding(self._stream)
             self._decoded = self._decode()
             self._first = self._first_picture()
             self._opened = opening.clock()
@@ -172,7 +174,7 @@ class ContainerSource:
                 packet = None
             self._waited = clock() - asked
             try:
-                yield from self._stream.decode(packet)
+                yield from self._decoder.decode(packet)
             except av.EOFError:  # flushed twice: the demuxer's own last packet did it
                 return
             except av.FFmpegError:

@@ -28,12 +28,12 @@ class Turn(NamedTuple):
 UPRIGHT = Turn(False, False, False)
 
 
-def turn_of(frame: av.VideoFrame) -> Turn:
-    """How the display matrix of the frame (phones, EXIF) asks it to be turned."""
+def turn_of(frame: av.VideoFrame, otherwise: Turn = UPRIGHT) -> Turn:
+    """How the display matrix of the frame (phones, EXIF) asks it to be turned; `otherwise` without one."""
     try:
         matrix = bytes(cast("Any", frame.side_data)[Type.DISPLAYMATRIX])  # PyAV types it as a dict of attributes
     except KeyError:
-        return UPRIGHT
+        return otherwise
     a, b, _, c, d = struct.unpack("=5i", matrix[:20])  # x' = a·x + c·y, y' = b·x + d·y
     if abs(a) + abs(d) >= abs(b) + abs(c):
         return Turn(False, a < 0, d < 0)
@@ -51,6 +51,7 @@ class Picture:
     def __init__(self, first: av.VideoFrame, sar: Fraction | None, box: tuple[int, int] | None, fit: str) -> None:
         self._sar = sar or Fraction(1)
         self._scaler = VideoReformatter()
+        self._turn = turn_of(first)  # a decoder on a device is not told what the container says of it
         shown = self.shown(first)
         self.native = round(shown[0]), round(shown[1])
         self.size = fit_size(shown, box, fit).size if box else self.native
@@ -60,10 +61,10 @@ class Picture:
     def shown(self, frame: av.VideoFrame) -> tuple[float, float]:
         """W, H at which a player would show the frame: square pixels, turned upright."""
         width, height = float(frame.width * self._sar), float(frame.height)
-        return (height, width) if turn_of(frame).transposed else (width, height)
+        return (height, width) if turn_of(frame, self._turn).transposed else (width, height)
 
     def __call__(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        turn = turn_of(frame)
+        turn = turn_of(frame, self._turn)
         scaled = fit_size(self.shown(frame), self.size, self._fit).scaled
         width, height = scaled[::-1] if turn.transposed else scaled
         rgb = self._scaler.reformat(

@@ -5,6 +5,7 @@ import { cameras, isSelfie, NoCamera } from "./camera.js";
 import { wireDialogs, wireObs, wireOutputs, wirePhone, wireSources, wireToken } from "./dialogs.js";
 import { pressed, toggle, wireFullscreen, wireTakes } from "./dock.js";
 import { Events } from "./events.js";
+import { Models } from "./models.js";
 import { Numbers } from "./numbers.js";
 import { Player } from "./player.js";
 import { Publisher } from "./publisher.js";
@@ -33,6 +34,16 @@ const settings = new Settings(
   },
   (key, value) => key === "style.prompt" && promptChanged(value),
 );
+const models = new Models($("model-field"), $("model"), async (model) => {
+  try {
+    const status = await call("PUT", streamPath(selected, "/model"), { model });
+    streams.set(selected, status);
+    settings.show(status.params);
+  } catch (error) {
+    complain(error);
+  }
+  describe();
+});
 const events = new Events();
 const askToken = wireToken(begin);
 let info = null;
@@ -129,6 +140,7 @@ function describe() {
   $("start").classList.toggle("stop", publisher.running);
   if (status?.phase === "failed") stage.trouble(status.error?.message ?? status.error ?? status.words, status.error?.hint ?? "");
   const { model, engine, device, size } = status ?? {};
+  models.show(model ?? "");
   if (model) $("machine").textContent = [model, engine, device, size?.join("×")].filter(Boolean).join(" · ");
 }
 
@@ -258,8 +270,10 @@ async function tick() {
 
 async function begin() {
   try {
-    const [facts, schema, styles] = await Promise.all(["/info", "/schema", "/styles"].map((path) => call("GET", path)));
+    const paths = ["/info", "/schema", "/styles", "/models"];
+    const [facts, schema, styles, rows] = await Promise.all(paths.map((path) => call("GET", path)));
     info = facts;
+    models.build(rows);
     cards.build(styles);
     settings.build(schema);
     stage.trouble();
