@@ -15,7 +15,8 @@ from bench import record
 from models.params import Params
 
 if TYPE_CHECKING:
-    from models.stylizer import LatentStylizer, Networks, State
+    from models.state import Networks, State
+    from models.stylizer import LatentStylizer
 
 BLOCKS = 4
 WARM_UP = 40  # frames; by then whole frames are recorded

@@ -20,8 +20,9 @@ from models.networks import Graph, graphs, latent_shape
 from models.parts import Part, parts_of, slots_of, window_of
 from models.recipe import recipe_of
 from models.safety import SafetyChecker, safety_folder, safety_graph
+from models.state import Networks
 from models.structure import PLAIN, Structure
-from models.stylizer import LatentStylizer, Networks
+from models.stylizer import LatentStylizer
 from models.text_xl import size_ids
 from models.together import widened
 from models.weights import found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,40 +14,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from accel.transfer import Download, device_errors, enqueued
+from accel.transfer import device_errors, enqueued
 from models.batch import StreamBatch
 from models.calls import Calls
 from models.denoise import Conditioning, Pass, Trajectory, start, through, timesteps
 from models.filters import sample
 from models.flow import compose
+from models.following import SHOT, draw, followed, prepared, read
 from models.frame_graph import frame_graph
 from models.launched import Decoding, Failed, Filling, Launched, Stages
 from models.noise import drifted, fed_back
-from models.params import Params, Style
+from models.params import Params
 from models.prompt import parse
 from models.reproject import scaled
-from models.safety import Censor, SafetyChecker
-from models.schedule import Sampler, Schedule, consistency_schedule, entered
-from models.text import TextEncoder, Transition, unknown_words
-from models.text_xl import DoubleTextEncoder
+from models.safety import Censor
+from models.schedule import entered
+from models.state import CPU, Networks, Prepared, State
+from models.text import unknown_words
 from models.together import PAYS, Widths, attempt, side_by_side, widths
 from models.unet import Seen
 from models.units import advice
-from models.worn import last_set, lora_set
+from models.worn import lora_set
 
 if TYPE_CHECKING:
-    from accel.engine import Engine, Pending
-    from models.adapters import Loras
-    from models.parts import Part
+    from accel.engine import Pending
 
 log = logging.getLogger(__name__)
 
-CPU = torch.device("cpu")
-PROMPTS = ("prompt", "negative", "lora")
-SHOT = ("strength", "steps", "guidance", "image_guidance", "mask_guidance", "guidance_mode", "delta", "seed")
-# changed, frames before mislead; so do `PROMPTS` at once
-
-Framed = tuple["State", NDArray[np.uint8], Params]  # a stream's memory, its picture (H, W, 3), its settings
+Framed = tuple[State, NDArray[np.uint8], Params]  # a stream's memory, its picture (H, W, 3), its settings
 
 
 class Stylizer(Protocol):
@@ -103,89 +97,6 @@ class Stylizer(Protocol):
     def advice(self, params: Params) -> str:
         """One line on what the model will not understand of these settings, or ""."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What one set of style settings comes to."""
-
-    style: Style
-    schedule: Schedule
-    words: Tensor  # (1, L, D)
-    negative: Tensor  # (1, L, D)
-    pooled: tuple[Tensor, ...] = ()  # (1, P) of both prompts, where the UNet takes it
-    pooled_negative: tuple[Tensor, ...] = ()
-
-    @property
-    def embeddings(self) -> tuple[Tensor, ...]:
-        """All that the prompts come to."""
-        return (self.words, self.negative, *self.pooled, *self.pooled_negative)
-
-    def with_embeddings(self, found: tuple[Tensor, ...]) -> Prepared:
-        """The same with others in the order of `embeddings`."""
-        words, negative, *pooled = found
-        half = len(self.pooled)
-        both = tuple(pooled[:half]), tuple(pooled[half:])
-        return replace(self, words=words, negative=negative, pooled=both[0], pooled_negative=both[1])
-
-
-@dataclass(slots=True)
-class State:
-    """What one stream remembers from frame to frame."""
-
-    prepared: Prepared
-    calls: Calls  # of the UNet, with the memory of what widens it
-    batch: StreamBatch | None = None
-    censor: Censor | None = None
-    generator: torch.Generator = field(default_factory=torch.Generator)
-    noises: tuple[Tensor, ...] = ()  # the start's and those between steps
-    travel: Tensor | None = None  # latent pixels back to where the shot's noise lies, (1, 2, H/8, W/8)
-    moved: Tensor | None = None  # the same back to the last frame
-    latents: Tensor | None = None  # what became of the last frame, (1, C, H/8, W/8)
-    estimates: tuple[Tensor, ...] = ()  # of x0 at each of its steps
-    fresh: bool = True  # the next frame is the first of a shot
-    transition: Transition | None = None  # of the prompts, from a live change on until it is complete
-    since: int = 0  # frames of it
-    placed: tuple[Prepared, Prepared] | None = None  # what was prepared, and the same on the engines' device
-    download: Download = field(default_factory=Download)
-
-
-@dataclass(frozen=True, slots=True)
-class Networks:
-    """The compiled networks of one model at one size, and the numbers that go with them."""
-
-    encode: Engine
-    unet: Engine
-    decode: Engine
-    text: TextEncoder | DoubleTextEncoder
-    loras: Loras[Any]
-    tables: Any  # an `LCMScheduler`
-    scaling: float = 1.0  # latents = scaling · (encoder output - shift)
-    shift: float = 0.0
-    guidance_width: int = 0  # of the UNet's guidance embedding, 0 = it has none
-    style_words: frozenset[str] = frozenset()  # what a small vocabulary knows; empty = anything goes
-    parts: tuple[Part, ...] = ()  # what the UNet is widened by
-    checker: SafetyChecker | None = None
-    rows: int = 1  # denoising steps in flight: more than 1 is a stream batch
-    timesteps: tuple[int, ...] | None = None  # of the model's own, noisiest first
-    sampler: Sampler = "lcm"
-    time_ids: Tensor | None = None  # (1, 6), where the UNet takes them beside pooled words, as SDXL's does
-    device: torch.device = CPU  # where the engines' tensors live
-    wider: Callable[[int], Mapping[str, Engine]] | None = None  # compiles the three for so many streams at once
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        return self.encode.spec.outputs[0].shape
-
-    @property
-    def latents(self) -> int:
-        """How many one call of the UNet takes of one stream."""
-        return self.unet.spec.inputs[1].shape[0]
-
-    @property
-    def concatenates(self) -> bool:
-        """Whether the UNet takes the source latent beside the noisy one (InstructPix2Pix's form)."""
-        return self.unet.spec.inputs[0].shape[1] == 2 * self.latent_shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +165,8 @@ class LatentStylizer:
         net = self.networks
         batch = StreamBatch(net.rows, net.latents) if net.rows > 1 else None
         censor = Censor(net.checker) if net.checker else None
-        state = State(self._prepare(params.style, None), Calls(net.unet, net.parts, net.time_ids), batch, censor)
-        self._draw(state, renew=True)
+        state = State(prepared(net, params.style), Calls(net.unet, net.parts, net.time_ids), batch, censor)
+        draw(net, state, renew=True)
         return state
 
     def step(self, state: State, image: NDArray[np.uint8], params: Params) -> Launched:
@@ -314,7 +225,7 @@ class LatentStylizer:
         """Bring a stream up to the settings of its next frame."""
         state.calls.stages = stages
         with stages("schedule"):
-            return self._placed(state, self._follow(state, params.style))
+            return followed(self.networks, state, params.style)
 
     def _launch(self, rides: Sequence[Ride], stages: Stages) -> list[Launched]:
         """Everything up to the decoder's launch. A launch of several that fails as a whole is made again one by one."""
@@ -474,13 +385,8 @@ class LatentStylizer:
         return frame.z / self.networks.scaling + self.networks.shift
 
     def forget(self, state: State) -> None:
-        """Start the stream's memory of frames anew, and leave noise and results where they were."""
-        if state.batch is None:  # else each row forgets when the new shot's first frame gets there
-            state.calls.reset()
-        state.travel = state.moved = state.latents = None
-        state.estimates, state.fresh = (), True
-        if state.censor:
-            state.censor.reset()
+        """Take the next frame as the first of a shot; the stream's settings and noise stay."""
+        state.forget()
 
     def prepare(self, params: Params) -> None:
         """Read the prompts, and let the parts work ahead; then the frame path finds all of it done. Any thread."""
@@ -488,7 +394,7 @@ class LatentStylizer:
         if self.networks.timesteps:
             entered(self.networks.timesteps, style.steps, style.strength)
         self.networks.loras.tensors(lora_set(style.lora))
-        self._read(style)
+        read(self.networks, style)
         for part in self.networks.parts:
             part.ready(params)
 
@@ -518,36 +424,6 @@ class LatentStylizer:
             return "temporal.feedback does nothing at strength 1: frames start from noise alone"
         return ""
 
-    def _follow(self, state: State, style: Style) -> Prepared:
-        """Bring a stream's memory up to its settings; only what changed is worked out again."""
-        before = state.prepared.style
-        if before is not style:
-            prepared, told = self._prepare(style, state.prepared), changed(before, style, PROMPTS)
-            if told:
-                last = state.transition.at(state.since) if state.transition else state.prepared.embeddings
-                state.transition, state.since = Transition(last, prepared.embeddings, style.blend_frames), 0
-            state.prepared = prepared
-            if changed(before, style, SHOT) or (told and not style.blend_frames):
-                self.forget(state)
-        renew = (before.seed, before.seed_mode, before.steps) != (style.seed, style.seed_mode, style.steps)
-        self._draw(state, renew)
-        if state.transition is None:
-            return state.prepared
-        state.since += 1
-        shown = state.prepared.with_embeddings(state.transition.at(state.since))
-        if state.since >= state.transition.frames:
-            state.transition = None
-        return shown
-
-    def _placed(self, state: State, prepared: Prepared) -> Prepared:
-        """The same with its embeddings where the engines want them; once per change."""
-        if self.networks.device == CPU:
-            return prepared
-        if state.placed is None or state.placed[0] is not prepared:
-            moved = tuple(tensor.to(self.networks.device, non_blocking=True) for tensor in prepared.embeddings)
-            state.placed = prepared, prepared.with_embeddings(moved)
-        return state.placed[1]
-
     def _seen(self, picture: Tensor, params: Params) -> Seen:
         """What the UNet's calls want to know of one frame."""
         net, guides = self.networks, dict[str, Any]()
@@ -559,39 +435,6 @@ class LatentStylizer:
         for part in net.parts:
             guides |= part.guide(image, params)
         return Seen(image, guides)
-
-    def _prepare(self, style: Style, before: Prepared | None) -> Prepared:
-        if before and (before.style.steps, before.style.strength) == (style.steps, style.strength):
-            schedule = before.schedule
-        else:
-            net = self.networks
-            schedule = consistency_schedule(net.tables, style.steps, style.strength, net.timesteps, net.sampler)
-        return Prepared(style, schedule, *self._read(style))
-
-    def _read(self, style: Style) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Words and negative words, and the pooled ones of both; known prompts cost nothing."""
-        text = self.networks.text
-        if style.lora:
-            text = self.networks.loras.reader(last_set(style.lora))
-        if isinstance(text, DoubleTextEncoder):
-            wanted, unwanted = text.read(style.prompt), text.read_negative(style.negative)
-            return wanted.words, unwanted.words, (wanted.pooled,), (unwanted.pooled,)
-        return text.embed(style.prompt), text.embed(style.negative), (), ()
-
-    def _draw(self, state: State, renew: bool) -> None:
-        """Noise for the next frame: the same one, the seed's first (`renew`), or the generator's next."""
-        style = state.prepared.style
-        if renew:
-            state.generator.manual_seed(style.seed)
-        if renew or style.seed_mode == "per-frame":
-            shape, device = self.networks.latent_shape, self.networks.device
-            drawn = [torch.randn(shape, generator=state.generator) for _ in range(style.steps)]  # alike on every device
-            state.noises = tuple(noise.to(device, non_blocking=True) for noise in drawn)
-
-
-def changed(before: Style, after: Style, names: tuple[str, ...]) -> bool:
-    """Whether any of these settings differs."""
-    return any(getattr(before, name) != getattr(after, name) for name in names)
 
 
 @lru_cache(maxsize=8)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from models.params import Params
     from models.reproject import Key, Track
     from models.similar import Similar
-    from models.stylizer import State, Stylizer
+    from models.state import State
+    from models.stylizer import Stylizer
 
 FADE = 2  # frames in which a key that came late takes over
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from models.flow import Flow
     from models.launched import Launched
     from models.params import Params
-    from models.stylizer import State, Stylizer
+    from models.state import State
+    from models.stylizer import Stylizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from models.stylizer import State, Stylizer
+    from models.state import State
+    from models.stylizer import Stylizer
 
 R = TypeVar("R")
 

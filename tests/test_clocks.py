@@ -19,7 +19,7 @@ from models.flow import Dis
 from models.lane import made
 from models.params import Params, Temporal
 from models.reproject import GUIDE, Key, Track
-from models.stylizer import State
+from models.state import State
 from stream.clocks import FADE, Clocks, StyleLane, Turn
 from stream.config import patched
 from stream.gather import Asked, Diffused

@@ -21,8 +21,9 @@ from accel.engine import Backend
 from accel.torch_backend import TorchBackend
 from models import load as loading
 from models.params import Params
+from models.state import State
 from models.structure import Structure
-from models.stylizer import LatentStylizer, State
+from models.stylizer import LatentStylizer
 from tests.folders import random_folder, random_xl_folder
 from tests.test_cuda_backend import Tape
 from tests.test_stylizer_rolling import with_adapter

@@ -25,8 +25,9 @@ from models.params import Params, Style
 from models.prompt import MOST, Piece, Prompt, parse
 from models.rolling import Windowed
 from models.spec import MODELS
+from models.state import State
 from models.structure import Structure
-from models.stylizer import LatentStylizer, State
+from models.stylizer import LatentStylizer
 from models.text import TextEncoder, Transition, blended, slerp, tokenized, unknown_words, weighted
 from tests.folders import random_folder
 

@@ -26,8 +26,9 @@ from models.motion import Motion
 from models.networks import graphs
 from models.params import Params, Style, Temporal
 from models.rolling import Rolling, Window, Windowed
+from models.state import State
 from models.structure import Structure
-from models.stylizer import LatentStylizer, State
+from models.stylizer import LatentStylizer
 from tests.folders import random_folder
 
 SIZE = (64, 48)

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from accel.engine import EngineSpec, Pending, TensorSpec
 from accel.errors import UserError
 from accel.torch_backend import TorchBackend
+from models.following import followed
 from models.load import load
 from models.params import Params
+from models.state import State
 from models.structure import Structure
-from models.stylizer import LatentStylizer, State
+from models.stylizer import LatentStylizer
 from models.together import PAYS, Widths, widths
 from stream.config import patched
 from tests.folders import random_folder, random_xl_folder
@@ -171,7 +173,7 @@ def failing(model: LatentStylizer, frames: list[Any], at: int, monkeypatch: pyte
 
     def steps() -> None:
         monkeypatch.setattr(
-            model, "_follow", lambda s, style, known=model._follow: (broken if s is state else known)(s, style)
+            "models.stylizer.followed", lambda net, s, style: (broken if s is state else followed)(net, s, style)
         )
 
     def words() -> None:
