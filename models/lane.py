@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from accel.transfer import Verdict, device_errors, frame_stream, handed
-from models.filters import CPU, halved, on_cpu, sample, to_image, to_picture, weigh
+from models.filters import CPU, halved, on_cpu, sample, share_cores, to_image, to_picture, weigh
 from models.flow import Dis, chosen_flow, engines_on, flow_estimator
 from models.launched import Stages
 from models.params import Temporal
@@ -38,6 +38,7 @@ class FrameLane:
         self.refiner = refiner
         self.sight = sight  # where the guide's estimators look at pictures: its own device, or the CPU
         self.motion: Motion | None = None
+        self.crowded = False  # a picture is being diffused meanwhile; whoever knows says so
         self.cut = False  # another scene has begun; on a GPU that is told with the next frame
         self.stages = Stages()  # of the present frame
         self._size = (0, 0)  # of the present frame, (width, height)
@@ -70,6 +71,7 @@ class FrameLane:
 
     def advance(self, image: NDArray[np.uint8]) -> None:
         """A frame was captured, (H, W, 3) uint8."""
+        share_cores(self.crowded)
         self.stages = Stages()
         self._size = (image.shape[1], image.shape[0])
         with self.stages("flow"), _apart(self.guide.device):
@@ -103,6 +105,7 @@ class FrameLane:
 
     def show(self) -> NDArray[np.uint8]:
         """The picture for the present frame, (H, W, 3) uint8."""
+        share_cores(self.crowded)
         with _apart(self.guide.device):
             picture = self.drawn()
             with self.stages("refine" if on_cpu(self.guide.device) else "download"):

@@ -154,6 +154,7 @@ class Clocks:
             return Turn(key.image, {}, key, waited=True, ago=self.style.stylizer.delay)
         self._shown = None
         lane = self._follow(state, params, image)
+        lane.crowded = self._under_way is not None
         lane.advance(image)
         self._cut |= lane.cut
         self._since += 1
@@ -177,6 +178,7 @@ class Clocks:
             self._under_way = self.style.later(state, image, params, self._ask(lane), cut=self._cut, moved=lane.moved)
             self._cut = False
         launched()
+        lane.crowded = self._under_way is not None
         picture = lane.show()
         if arrived:
             self.costs.add_style(arrived.took_ms)
