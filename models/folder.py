@@ -87,8 +87,8 @@ class Folder:
 
         unet = self._read(UNet2DConditionModel, "unet")
         if (listed := self.path / "lora" / "lora.json").is_file():
-            from models.adapters import merge_lora
             from models.lora import read_lora
+            from models.loras import merge_lora
 
             row = json.loads(listed.read_text())
             merge_lora(unet, read_lora(listed.parent / row["file"]), float(row["scale"]))

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from accel.engine import Backend, Engine
-from models.adapters import Loras
 from models.assets import asset
 from models.controlnet import control_folder
 from models.folder import Folder
 from models.inversion import teach
+from models.loras import Loras
 from models.memory import check_memory, weights
 from models.networks import Graph, graphs, latent_shape
 from models.parts import Part, parts_of, slots_of, window_of

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from accel.engine import Engine
-    from models.adapters import Loras
+    from models.loras import Loras
     from models.networks import Graph
     from models.slots import Slots
 

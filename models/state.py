@@ -20,7 +20,7 @@ from models.text_xl import DoubleTextEncoder
 
 if TYPE_CHECKING:
     from accel.engine import Engine
-    from models.adapters import Loras
+    from models.loras import Loras
     from models.parts import Part
 
 CPU = torch.device("cpu")

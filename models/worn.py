@@ -123,7 +123,7 @@ def ranks(path: Path) -> dict[str, int]:
     """The rank of each layer of an image model that a file changes, by the file's own names; its head alone is read.
 
     UserError for no file, another format and half a file; one that has gone is as it last was. Whether it fits a model,
-    `models.adapters.Loras` says.
+    `models.loras.Loras` says.
     """
     stamp, head = stamp_now(path), HEADS.known(path)
     if head and stamp == head[0]:

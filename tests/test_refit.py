@@ -21,8 +21,8 @@ from accel.tensorrt_backend import TensorRTBackend
 from accel.tensorrt_build import TensorRTBuilder
 from accel.tensorrt_compiler import NETWORK, Recipe
 from accel.tensorrt_provider import RTX
-from models.adapters import merge_lora
 from models.folder import Folder
+from models.loras import merge_lora
 from models.networks import graphs
 from tests.exported import inputs_of
 from tests.folders import random_folder

@@ -15,7 +15,7 @@ from torch import Tensor
 from accel.engine import EngineSpec, TensorSpec
 from accel.errors import UserError
 from accel.openvino_backend import OpenVINOBackend
-from models.adapters import merge_lora
+from models.loras import merge_lora
 from models.motion import MotionUNet, cache_shapes, motion_specs
 from models.rolling import Rolling, Window, whole_clip
 

@@ -17,10 +17,10 @@ from accel.engine import EngineSpec, TensorSpec
 from accel.errors import UserError
 from accel.openvino_backend import OpenVINOBackend
 from accel.torch_backend import TorchBackend
-from models.adapters import Loras, dressed, merge_lora
 from models.denoise import Conditioning, denoise, start
 from models.folder import Folder
 from models.lora import Update, fitted, read_lora
+from models.loras import Loras, dressed, merge_lora
 from models.prompt import Piece
 from models.schedule import consistency_schedule
 from models.slots import Slots, WornSlots
@@ -280,7 +280,7 @@ def test_files_are_read_once_and_no_one_waits_for_what_is_there(
             assert go.wait(PATIENCE)
         return read_lora(path)
 
-    monkeypatch.setattr("models.adapters.read_lora", slowly)
+    monkeypatch.setattr("models.loras.read_lora", slowly)
     first = loras.tensors(ink)
     other = threading.Thread(target=loras.tensors, args=(lora_set("oil, ink"),))
     other.start()

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from accel.errors import UserError
-from models.adapters import merge_lora
 from models.folder import Folder
 from models.inversion import add_embedding, expanded, read_embedding
 from models.lora import Update, fitted, read_lora, sgm_names
+from models.loras import merge_lora
 from models.networks import graphs
 from models.text import TextEncoder
 from tests.folders import random_folder, tokenizer
