@@ -1,8 +1,8 @@
 """TensorRT, of either provider: engines out of the cache, or given other weights, or built, and then compared.
 
 What the engines of a backend need between their layers is one buffer, as large as the largest of them asks for, so they
-run one after the other: what is to run beside them, on another lane, takes a backend of its own. LoRAs come in as
-tensors (`models/slots.py`), so that no engine is ever refitted. Nothing here is made without a device.
+run one after the other: what is to run beside them, on another lane, takes a backend of its own. LoRAs that come and
+go are tensors (`models/slots.py`); other weights are for checkpoints. Nothing here is made without a device.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from accel import export, refit
 from accel.engine import EngineSpec, Sampled
 from accel.errors import UserError
 from accel.graphs import Recorder, recorded
+from accel.quantised import difference
 from accel.tensorrt_build import Built, alone, built
 from accel.tensorrt_compiler import Recipe
 from accel.tensorrt_engine import Scratch, TensorRTEngine
@@ -112,7 +113,7 @@ class TensorRTBackend:
                 after = refit.refit(self._trt, raw, self._logger, weights, net, self._stream())
                 self._wait()  # its first launches are on a stream of their own
                 engine = TensorRTEngine(self._trt, raw, spec, self._scratch, Kernels(raw, None), self._record)
-                error = difference(engine(*given), wanted)
+                error = difference([engine(*given)], [tuple(wanted)])
                 if not error < LARGEST_OF_OPEN:
                     raise refit.Refused(f"it is {error:.1%} from the network then")
             except refit.Refused as reason:
@@ -146,7 +147,7 @@ class TensorRTBackend:
             engine = self._opened(made.file.read_bytes(), spec, None)
             if engine is None:
                 raise UserError(f"{spec.name}: TensorRT does not take its own engine", hint="use --engine torch-cuda")
-            error = difference(engine(*given), wanted)
+            error = difference([engine(*given)], [tuple(wanted)])
             if not error < largest_error(made):  # a NaN too
                 plain = replace(spec, precision="fp32" if spec.precision == "fp32" else "fast", architecture="")
                 if plain != spec:
@@ -202,11 +203,3 @@ def largest_error(made: Built) -> float:
     if made.error is not None:
         return LARGEST_OF_EIGHTHS
     return LARGEST_OF_OPEN if refit.NAME in made.beside else LARGEST_ERROR
-
-
-def difference(found: tuple[Tensor, ...], wanted: list[Tensor]) -> float:
-    """The largest relative L2 difference of an output."""
-    return max(
-        float((f.double() - w.double()).norm() / w.double().norm().clamp_min(1e-12))
-        for f, w in zip(found, wanted, strict=True)
-    )

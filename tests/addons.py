@@ -1,10 +1,12 @@
-"""Small random add-ons of the real classes, for tests: LoRAs, ControlNets, IP-Adapters."""
+"""Small random add-ons of the real classes, for tests: LoRAs, ControlNets, IP-Adapters, and pictures for those."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
@@ -13,6 +15,11 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from models.image_prompt import cross_attentions
+
+
+def random_picture(file: Path, seed: int) -> None:
+    """A small style picture, in the format that the name says."""
+    cv2.imwrite(str(file), np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8))
 
 
 def lora(

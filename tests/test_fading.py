@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from diffusers import UNet2DConditionModel
@@ -17,7 +16,7 @@ from models.params import Params
 from models.structure import structure_of
 from models.stylizer import LatentStylizer
 from stream.config import patched
-from tests.addons import random_adapter, random_controlnet
+from tests.addons import random_adapter, random_controlnet, random_picture
 from tests.folders import random_folder
 from tests.test_control import estimator
 
@@ -34,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_adapter(model / "ip_adapter", unet, "base")
     random_controlnet(home / "net", model, seed=3)
     for seed, name in enumerate(("ink", "oil")):
-        cv2.imwrite(str(home / f"{name}.png"), np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8))
+        random_picture(home / f"{name}.png", seed)
     return home
 
 

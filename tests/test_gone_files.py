@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from diffusers import UNet2DConditionModel
@@ -18,7 +17,7 @@ from models.load import load
 from models.params import Params
 from models.structure import structure_of
 from stream.config import patched
-from tests.addons import lora, random_adapter
+from tests.addons import lora, random_adapter, random_picture
 from tests.folders import random_folder
 
 SIZE = (64, 48)  # width, height
@@ -43,7 +42,7 @@ def test_a_stream_goes_on_with_what_it_wears_and_takes_other_changes(
 
     def written(seed: int) -> None:
         save_file(lora(unet, (LAYER,), seed=seed), worn[0])
-        cv2.imwrite(str(worn[1]), np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8))
+        random_picture(worn[1], seed)
         for file in worn:
             os.utime(file, ns=(seed, seed))  # clocks of file systems are coarse
 

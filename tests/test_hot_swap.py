@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 from diffusers import UNet2DConditionModel
@@ -20,7 +19,7 @@ from models.structure import structure_of
 from models.stylizer import LatentStylizer
 from stream.config import patched
 from stream.hub import Hub, LiveSettings
-from tests.addons import lora, random_adapter, random_controlnet
+from tests.addons import lora, random_adapter, random_controlnet, random_picture
 from tests.fakes import PATIENCE
 from tests.folders import random_folder
 from tests.test_live import Camera, until
@@ -38,8 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layer = "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     for seed, name in enumerate(("ink", "oil")):
         save_file(lora(unet, (layer,), seed=seed), home / f"{name}.safetensors")
-        picture = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
-        cv2.imwrite(str(home / f"{name}.png"), picture)
+        random_picture(home / f"{name}.png", seed)
     random_adapter(model / "ip_adapter", unet, "base")
     random_controlnet(home / "canny", model, seed=3)
     return home

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from models.load import load
 from models.structure import structure_of
-from tests.addons import lora, random_adapter, random_controlnet
+from tests.addons import lora, random_adapter, random_controlnet, random_picture
 from tests.folders import random_folder
 from tests.test_stylizer_rolling import with_adapter
 from tests.test_together import GUIDED, INK, SIZE, Change, agree, image, settings
@@ -27,7 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layer = "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     for seed, name in enumerate(("ink", "oil")):
         save_file(lora(unet, (layer,), seed=seed), home / f"{name}.safetensors")
-        cv2.imwrite(str(home / f"{name}.png"), np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8))
+        random_picture(home / f"{name}.png", seed)
     random_adapter(model / "ip_adapter", unet, "base")
     random_controlnet(home / "canny", model, seed=3)
     return home
